@@ -1,0 +1,288 @@
+"""Measuring: batched generation, scores with intervals, paired comparison, loss on completions."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote. `text` is without the end token; `finished` is False where the token limit cut it off."""
+
+    text: str
+    finished: bool
+    tokens: int
+    prompt_tokens: int
+
+
+def _cache(model, capacity: int):
+    """A key-value cache whose memory is taken once. transformers' DynamicCache copies all of it for every new token,
+    which is a third of the time of a decoding step on a CPU."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class Layer(DynamicLayer):
+        def update(self, key, value, *args, **kwargs):
+            import torch
+
+            if not self.is_initialized:
+                self.lazy_initialization(key, value)
+                shape = (*key.shape[:2], capacity, key.shape[3])
+                self.room = torch.empty(shape, dtype=key.dtype), torch.empty(shape, dtype=key.dtype)
+                self.length = 0
+            end = self.length + key.shape[2]
+            for room, new in zip(self.room, (key, value), strict=True):
+                room[:, :, self.length : end] = new
+            self.length = end
+            self.keys, self.values = (room[:, :, :end] for room in self.room)
+            return self.keys, self.values
+
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = None
+    cache.layers = [Layer() for _ in range(model.config.num_hidden_layers)]
+    return cache
+
+
+@contextlib.contextmanager
+def merged(model):
+    """While inside, the adapter of a PEFT model is folded into the weights: the same answers, fewer multiplications."""
+    merge = getattr(model, "merge_adapter", None)
+    if merge is None or getattr(model, "active_peft_config", None) is None or model.active_peft_config.is_prompt_learning:
+        yield model
+        return
+    kept = [(layer, layer.weight.data.clone()) for layer in _base_layers(model)]
+    model.merge_adapter()
+    try:
+        yield model
+    finally:
+        # Subtracting the adapter again would leave rounding in bfloat16 weights: the originals are put back instead.
+        model.unmerge_adapter()
+        for layer, weight in kept:
+            layer.weight.data.copy_(weight)
+
+
+def _base_layers(model):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
+
+
+class _Progress:
+    """One line, rewritten, for what takes longer than two seconds."""
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total, self.start, self.shown = label, total, time.monotonic(), False
+
+    def update(self, done: int) -> None:
+        if time.monotonic() - self.start > 2 and sys.stderr.isatty():
+            print(f"\r{self.label}: {done}/{self.total}", end="", file=sys.stderr, flush=True)
+            self.shown = True
+
+    def close(self) -> None:
+        if self.shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _shared(rows: list[list[int]]) -> int:
+    """Length of the prefix that all prompts share; every prompt keeps at least one token of its own."""
+    first, last = min(rows), max(rows)
+    limit = min(min(len(r) for r in rows) - 1, len(first), len(last))
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
+
+
+def generate(
+    model,
+    tokenizer,
+    prompts: Sequence[list[dict]],
+    *,
+    max_new_tokens: int = 96,
+    batch_size: int = 32,
+    processors=None,
+    label: str = "generating",
+    **sampling,
+) -> list[Answer]:
+    """Answers to chat prompts (lists of role/content), in the order given. Greedy unless `sampling` holds arguments of
+    transformers' `generate`, such as `do_sample=True, temperature=0.7`.
+
+    Prompts are sorted by length and padded on the left; generation stops at the end of turn; what all prompts share is
+    read once; a PEFT adapter is merged meanwhile. `processors`: a function that makes a list of logits processors for a
+    batch of n sequences. Source of the equality tests: `tests/unit/test_evaluation.py`.
+    """
+    import torch
+
+    if not prompts:
+        return []
+    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    limit = model.config.max_position_embeddings - max_new_tokens
+    if (longest := max(map(len, rows))) > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's context of "
+            f"{model.config.max_position_embeddings}: shorten the prompt"
+        )
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    answers: list[Answer | None] = [None] * len(rows)
+    progress = _Progress(label, len(rows))
+    end = tokenizer.eos_token_id
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), merged(model):
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        shared = _shared(rows) if base.device.type == "cpu" and len(rows) > 1 else 0
+        prefix = None
+        if shared >= 16:
+            prefix = _cache(base, shared)
+            base.model(input_ids=torch.tensor([rows[0][:shared]]), past_key_values=prefix, use_cache=True)
+        for start in range(0, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            width = max(len(rows[i]) for i in picked)
+            pads = [width - len(rows[i]) for i in picked]
+            skip = shared if prefix is not None else 0
+            pad = tokenizer.pad_token_id
+            ids = [rows[i][:skip] + [pad] * n + rows[i][skip:] for i, n in zip(picked, pads, strict=True)]
+            mask = [[1] * skip + [0] * n + [1] * (len(rows[i]) - skip) for i, n in zip(picked, pads, strict=True)]
+            extra = dict(sampling)
+            if base.device.type == "cpu":
+                cache = extra["past_key_values"] = _cache(base, width + max_new_tokens)
+                if prefix is not None:
+                    for layer, known in zip(cache.layers, prefix.layers, strict=True):
+                        layer.update(*(t.expand(len(picked), -1, -1, -1) for t in (known.keys, known.values)))
+            if processors is not None:
+                extra["logits_processor"] = processors(len(picked))
+            out = base.generate(
+                input_ids=torch.tensor(ids, device=base.device),
+                attention_mask=torch.tensor(mask, device=base.device),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=pad,
+                **({"do_sample": False} | extra),
+            )[:, width:].tolist()
+            for i, new in zip(picked, out, strict=True):
+                finished = end in new
+                if finished:
+                    new = new[: new.index(end)]
+                text = tokenizer.decode(new, skip_special_tokens=False)
+                answers[i] = Answer(text, finished, len(new) + finished, len(rows[i]))
+            progress.update(start + len(picked))
+    progress.close()
+    model.train(was_training)
+    return answers
+
+
+# --- intervals and paired comparison ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"
+
+
+_REPEATS = 4000
+
+
+def proportion(hits: Sequence[bool]) -> Estimate:
+    """Share of hits with Wilson's 95 % interval, which stays honest near 0 and 1 where the bootstrap's collapses."""
+    n = len(hits)
+    if n == 0:
+        raise ValueError("no items: a proportion of nothing has no value")
+    p, z = float(np.mean(hits)), 1.959964
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
+    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half), n)
+
+
+def mean(values: Sequence[float], seed: int = 0) -> Estimate:
+    """Mean with the percentile bootstrap's 95 % interval over items."""
+    values = np.asarray(values, dtype=float)
+    if values.size == 0:
+        raise ValueError("no items: a mean of nothing has no value")
+    picks = np.random.default_rng(seed).integers(0, values.size, (_REPEATS, values.size))
+    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
+    return Estimate(float(values.mean()), float(low), float(high), int(values.size))
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Estimate:
+    """Mean of `a - b` over the same items, with the paired bootstrap's 95 % interval."""
+    if len(a) != len(b):
+        raise ValueError(f"paired comparison needs the same items on both sides: {len(a)} against {len(b)}")
+    return mean(np.asarray(a, dtype=float) - np.asarray(b, dtype=float), seed)
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """Two-sided p-value of the exact McNemar test: do two systems that answered the same items differ?
+
+    Only items on which they disagree count; under no difference each side wins a coin toss (McNemar 1947).
+    """
+    if len(a) != len(b):
+        raise ValueError(f"paired comparison needs the same items on both sides: {len(a)} against {len(b)}")
+    from scipy.stats import binomtest
+
+    only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
+    return 1.0 if only_a + only_b == 0 else float(binomtest(only_a, only_a + only_b).pvalue)
+
+
+def macro_f1(gold: Sequence[str], answers: Sequence[str | None], classes: Sequence[str]) -> float:
+    """Mean of the classes' F1. An answer outside of `classes` (or None) is wrong for every class."""
+    from sklearn.metrics import f1_score
+
+    known = [a if a in classes else "\0none" for a in answers]
+    return float(f1_score(list(gold), known, labels=list(classes), average="macro", zero_division=0.0))
+
+
+# --- loss on completions ---------------------------------------------------------------------------------------------
+
+
+def completion_nll(model, tokenizer, pairs: Sequence[tuple[list[dict], str]], batch_size: int = 16) -> np.ndarray:
+    """Mean negative log-likelihood per token (nats) of each completion given its prompt, end token included.
+
+    pairs: (messages, completion). Perplexity is `exp` of it.
+    """
+    import torch
+
+    rows = []
+    for prompt, completion in pairs:
+        head = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        head = tokenizer(head, add_special_tokens=False)["input_ids"]
+        tail = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        rows.append((head, tail))
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
+    found = np.zeros(len(rows))
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), merged(model):
+        for start in range(0, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            width = max(len(rows[i][0]) + len(rows[i][1]) for i in picked)
+            ids = torch.full((len(picked), width), tokenizer.pad_token_id)
+            mask = torch.zeros_like(ids)
+            for k, i in enumerate(picked):  # padded on the right: positions need no care
+                row = rows[i][0] + rows[i][1]
+                ids[k, : len(row)] = torch.tensor(row)
+                mask[k, : len(row)] = 1
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            for k, i in enumerate(picked):
+                head, tail = rows[i]
+                span = slice(len(head) - 1, len(head) + len(tail) - 1)
+                logits = base.lm_head(hidden[k, span]).float()
+                target = torch.tensor(tail, device=logits.device)
+                found[i] = torch.nn.functional.cross_entropy(logits, target).item()
+    model.train(was_training)
+    return found

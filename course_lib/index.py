@@ -1,0 +1,208 @@
+"""Cells and tables that are generated from notebooks/course.toml, and how notebooks are read and written."""
+
+import os
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from course_lib import CourseError, profiles
+
+GENERATED = ("title", "bootstrap", "parameters", "preflight", "finish")
+README_MARKS = ("<!-- lessons:start -->", "<!-- lessons:end -->")
+
+
+def notebook_path(lesson):
+    return profiles.ROOT / "notebooks" / f"{lesson['id']}.ipynb"
+
+
+def read(path):
+    """The notebook as it lies on disk, nothing added or repaired."""
+    try:
+        return nbformat.v4.reads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise CourseError(f"notebooks/{Path(path).name}: cannot be read ({error}); restore it with git.") from None
+
+
+def write_atomically(path, text):
+    """Write ``text`` and return the path relative to the checkout, or None where the file already says so."""
+    path = Path(path)
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return None
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+    return str(path.relative_to(profiles.ROOT))
+
+
+def tags(cell):
+    return set(cell.metadata.get("tags", []))
+
+
+def is_generated(cell):
+    return bool(tags(cell) & set(GENERATED))
+
+
+def at(lesson, number, text):
+    return f"notebooks/{lesson['id']}.ipynb, cell {number}: {text}"
+
+
+def set_metadata(nb):
+    """Kernel and language as every notebook names them: without versions, so that a new Python changes nothing."""
+    for key in ("papermill", "widgets"):
+        nb.metadata.pop(key, None)
+    nb.metadata.kernelspec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    nb.metadata.language_info = {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"}
+    return nb
+
+
+def _name(lesson):
+    return f"{lesson['id'].split('_')[0]} {lesson['title']}"
+
+
+def _badge(lesson):
+    repository = profiles.index().get("course", {}).get("repository")
+    if not repository:
+        return ""
+    url = f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{lesson['id']}.ipynb"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})"
+
+
+def _per_profile(table, unit):
+    return ", ".join(f"{name} {table[name]} {unit}" for name in profiles.PROFILES if name in (table or {}))
+
+
+def _recipe(name, lesson):
+    """A recipe as the header names it: trained here, or from the cache with its cold minutes and where it is taught."""
+    if name in lesson.get("introduces", []):
+        return f"`{name}` (trained here)"
+    cold = _per_profile(profiles.index().get("recipes", {}).get(name, {}).get("minutes"), "min")
+    home = next((x for x in profiles.lessons() if name in x.get("introduces", [])), None)
+    text = f"`{name}` (from the cache; trained first if the cache lacks it{': ' + cold if cold else ''}"
+    return text + (f"; taught in [{_name(home)}]({home['id']}.ipynb))" if home else ")")
+
+
+def _title(lesson):
+    known = {x["id"]: x for x in profiles.lessons()}
+    before = [f"[{_name(known[b])}]({b}.ipynb)" if b in known else b for b in lesson.get("before", [])]
+    recipes = [
+        _recipe(name, lesson) for name in dict.fromkeys(lesson.get("recipes", []) + lesson.get("introduces", []))
+    ]
+    rows = [
+        ("After it you can", "<br>".join(lesson.get("objectives", []))),
+        ("Know before", "<br>".join(before) or "nothing"),
+        ("Minutes, recipes cached", _per_profile(lesson.get("minutes"), "min")),
+        ("Memory", _per_profile(lesson.get("memory_gb"), "GB")),
+        ("Recipes", "<br>".join(recipes)),
+    ]
+    table = "\n".join(f"| {label} | {text.replace('|', chr(92) + '|')} |" for label, text in rows if text)
+    parts = [f"# {_name(lesson)}", _badge(lesson), lesson["claim"], f"**Question.** {lesson['question']}"]
+    return "\n\n".join(part for part in [*parts, f"| This lesson | |\n|---|---|\n{table}"] if part)
+
+
+BOOTSTRAP = """# Where the course is installed, this cell does nothing.
+import importlib.util
+import os
+import sys
+
+if importlib.util.find_spec("course_lib") is None:
+    repository = os.environ.get("COURSE_REPOSITORY", "{url}")
+    if "google.colab" in sys.modules:
+        cure = f"run `!pip install -q git+{{repository}}` in a new cell above, then Runtime > Run all"
+    else:
+        cure = "in the course's folder run `make lab`, or `pip install -e .` in this kernel's environment"
+    raise ImportError(f"The course's library is not installed here: {{cure}}.")"""
+
+
+def generated_cells(lesson):
+    """The cells that course.toml dictates: four at the head of the notebook, then the one that ends it."""
+    repository = profiles.index().get("course", {}).get("repository")
+    url = f"https://github.com/{repository}" if repository else "ADDRESS_OF_THE_COURSE"
+    start = f'lesson = start("{lesson["id"]}", profile=profile, seed=seed, out_dir=out_dir)'
+    sources = {
+        "title": _title(lesson),
+        "bootstrap": BOOTSTRAP.format(url=url),
+        "parameters": 'profile = "auto"\nseed = 0\nout_dir = None',
+        "preflight": f"from course_lib import start\n\n{start}",
+        "finish": "from course_lib import finish\n\nfinish()",
+    }
+    make = {True: new_markdown_cell, False: new_code_cell}
+    return [make[tag == "title"](sources[tag], id=tag, metadata={"tags": [tag]}) for tag in GENERATED]
+
+
+def lesson_table():
+    """The README's table of lessons, between its two marks."""
+    rows = ["| lesson | question | minutes (`cpu`) |", "|---|---|---|"]
+    for x in profiles.lessons():
+        minutes = x.get("minutes", {}).get("cpu", "")
+        rows.append(f"| [{_name(x)}](notebooks/{x['id']}.ipynb) {_badge(x)} | {x['question']} | {minutes} |")
+    return "\n".join([README_MARKS[0], *(row.replace("  |", " |") for row in rows), README_MARKS[1]])
+
+
+def _readme():
+    """README.md's text and what it should be; CourseError where the marks are missing."""
+    path = profiles.ROOT / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    head, start, rest = text.partition(README_MARKS[0])
+    _, end, tail = rest.partition(README_MARKS[1])
+    if not (start and end):
+        raise CourseError(f"README.md has no place for the lesson table: add the lines {' and '.join(README_MARKS)}.")
+    return text, head + lesson_table() + tail
+
+
+def index_check():
+    """Differences between course.toml and what is generated from it; an empty list where there are none."""
+    problems = []
+    for lesson in profiles.lessons():
+        try:
+            problems += generated(read(notebook_path(lesson)), lesson)
+        except CourseError as error:
+            problems.append(str(error))
+    known = {lesson["id"] for lesson in profiles.lessons()}
+    for path in sorted((profiles.ROOT / "notebooks").glob("*.ipynb")):
+        if path.stem not in known:
+            problems.append(f"notebooks/{path.name}: not in notebooks/course.toml; add its [[lesson]]")
+    try:
+        text, wanted = _readme()
+        problems += ["README.md: the lesson table is old; run `course index --write`"] * (text != wanted)
+    except CourseError as error:
+        problems.append(str(error))
+    return problems
+
+
+def index_write():
+    """Put the generated cells and the README's table in place; returns the files that changed.
+
+    A notebook that does not exist yet begins as its generated cells. Outputs stay: the stale gate judges them.
+    """
+    changed = []
+    for lesson in profiles.lessons():
+        path = notebook_path(lesson)
+        nb = read(path) if path.exists() else set_metadata(new_notebook())
+        if path.exists() and not generated(nb, lesson):
+            continue
+        old = {tag: cell for cell in nb.cells for tag in tags(cell) & set(GENERATED)}
+        new = generated_cells(lesson)
+        for cell in new:
+            have = old.get(cell.id)
+            if have is not None and cell.cell_type == have.cell_type == "code":
+                cell.outputs, cell.execution_count = have.outputs, have.execution_count
+        nb.cells = [*new[:4], *(cell for cell in nb.cells if not is_generated(cell)), new[4]]
+        changed.append(write_atomically(path, nbformat.v4.writes(nb) + "\n"))
+    changed.append(write_atomically(profiles.ROOT / "README.md", _readme()[1]))
+    return [path for path in changed if path]
+
+
+def generated(nb, lesson):
+    wanted, cure = generated_cells(lesson), "run `course index --write`"
+    have = [*nb.cells[:4], *nb.cells[4:][-1:]]
+    problems = []
+    for i, want in enumerate(wanted):
+        cell, number = (have[i] if i < len(have) else None), (i + 1 if i < 4 else len(nb.cells))
+        if cell is None or want.metadata.tags[0] not in tags(cell) or cell.cell_type != want.cell_type:
+            problems.append(at(lesson, number, f"should be the generated {want.id} cell; {cure}"))
+        elif cell.source != want.source:
+            problems.append(at(lesson, number, f"the {want.id} cell differs from notebooks/course.toml; {cure}"))
+    for i, cell in enumerate(nb.cells[4:-1], 5):
+        problems += [at(lesson, i, "has the tag of a generated cell out of its place; " + cure)] * is_generated(cell)
+    return problems

