@@ -11,12 +11,8 @@ from pathlib import Path
 from course_lib import CourseError
 
 OK, FAILED, WRONG = 0, 1, 2
-CACHE = (
-    "smollm2-*",
-    "making-*",
-    "fetch.lock",
-    "recipes",
-)  # what the course puts into its cache; COURSE_CACHE may hold more
+# What the course puts into its cache; a folder named by COURSE_CACHE may hold more.
+CACHE = ("smollm2-*", "making-*", "fetch.lock", "adapters")
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

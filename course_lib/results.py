@@ -122,10 +122,16 @@ def _save():
 
 
 def base_dir():
-    """Where runs go by default: ``COURSE_OUT``, else ``runs`` in the checkout."""
+    """Where runs go by default: ``COURSE_OUT``, in Colab /content/runs, else ``runs`` in the checkout."""
     from course_lib import profiles
 
-    return Path(os.environ.get("COURSE_OUT") or profiles.ROOT / "runs").absolute()
+    place = "/content/runs" if "COLAB_RELEASE_TAG" in os.environ else profiles.ROOT / "runs"
+    return Path(os.environ.get("COURSE_OUT") or place).absolute()
+
+
+def default_dir(profile):
+    """The folder of a run in this profile where no other is given."""
+    return base_dir() / profile
 
 
 def latest():

@@ -35,7 +35,7 @@ def run(lessons=(), profile="auto", seed=0, out=None, resume=False, timeout=None
     profile = profiles.choose(profile)
     chosen = [profiles.lesson(name) for name in lessons] or profiles.lessons()
     inputs = {lesson["id"]: fingerprint(lesson, profile, seed) for lesson in chosen}
-    out = Path(out).absolute() if out else results.base_dir() / profile
+    out = Path(out).absolute() if out else results.default_dir(profile)
     with locked(out), _terminate_as_interrupt():
         known = _known(out, profile)
         for lesson in chosen:
@@ -128,7 +128,7 @@ def _unchanged(out, entry, name, inputs):
 def _command(lessons, profile, seed, out, timeout):
     words = ["course", "run", *lessons, "--profile", profile, "--resume"]
     for option, value in (("--seed", seed), ("--timeout", timeout), ("--out", out)):
-        if value and value != results.base_dir() / profile:
+        if value and value != results.default_dir(profile):
             words += [option, str(value)]
     return shlex.join(words)
 

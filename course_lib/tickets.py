@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import date, timedelta
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -18,9 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
-Intent = Literal[
-    "buy", "track", "cancel", "change", "return", "exchange", "damaged", "missing", "invoice", "question"
-]
+Intent = Literal["buy", "track", "cancel", "change", "return", "exchange", "damaged", "missing", "invoice", "question"]
 Priority = Literal["low", "normal", "high", "urgent"]
 INTENTS: tuple[str, ...] = get_args(Intent)
 PRIORITIES: tuple[str, ...] = get_args(Priority)
@@ -47,7 +45,7 @@ class Ticket(_Strict):
 
     intent: Intent
     items: Annotated[list[Item], Field(max_length=8)]
-    order_id: Annotated[str, Field(pattern=r"^[A-Z]-\d{4}$")] | None
+    order_id: Annotated[str, Field(pattern=r"^[A-Z]-[0-9]{4}$")] | None
     due_date: Annotated[str, Field(min_length=1, max_length=40)] | None
     needs_human: bool
     priority: Priority
@@ -197,10 +195,8 @@ def _comparable(field: str, value):
 
 
 def field_matches(gold: dict, answer: dict | None) -> dict[str, bool]:
-    """Per field, whether `answer` has the gold value. Items are compared as a set with quantities: their order is free."""
-    return {
-        f: answer is not None and _comparable(f, gold[f]) == _comparable(f, answer[f]) for f in FIELDS
-    }
+    """Per field, whether `answer` has the gold value. The order of items is free; an item named twice counts twice."""
+    return {f: answer is not None and _comparable(f, gold[f]) == _comparable(f, answer[f]) for f in FIELDS}
 
 
 def exact(gold: dict, answer: dict | None) -> bool:
@@ -211,7 +207,7 @@ def exact(gold: dict, answer: dict | None) -> bool:
 # --- records and prompts ---------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read(path: Path) -> tuple[str, ...]:
     return tuple(path.read_text(encoding="utf-8").splitlines())
 
@@ -229,5 +225,5 @@ SYSTEM = "Turn the message into a record."
 
 
 def messages(record: dict, system: str = SYSTEM) -> list[dict]:
-    """The prompt of a tuned model: the short instruction and the message. No rules, no examples: those are in the weights."""
+    """The prompt of a tuned model: a short instruction and the message. Rules and examples are in the weights."""
     return [{"role": "system", "content": system}, {"role": "user", "content": record["text"]}]

@@ -27,7 +27,15 @@ COPIED = ("general", "safety", "policies")
 
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 # How often a ticket of this intent carries a due date where its wording has no place for one.
-DUE_RATE = {"buy": 0.35, "track": 0.35, "change": 0.3, "invoice": 0.3, "exchange": 0.25, "missing": 0.25, "damaged": 0.25}
+DUE_RATE = {
+    "buy": 0.35,
+    "track": 0.35,
+    "change": 0.3,
+    "invoice": 0.3,
+    "exchange": 0.25,
+    "missing": 0.25,
+    "damaged": 0.25,
+}
 NO_ORDER = ("buy", "question")
 
 
@@ -42,7 +50,14 @@ def _order(rng) -> str:
 def _past_day(rng, received: date) -> str:
     day = received - timedelta(days=rng.randrange(8, 60))
     return rng.choice(
-        [f"last {day:%A}", f"on {day.day} {day:%B}", f"in {day:%B}", f"on the {_ordinal(day.day)}", "two weeks ago", "a while ago"]
+        [
+            f"last {day:%A}",
+            f"on {day.day} {day:%B}",
+            f"in {day:%B}",
+            f"on the {_ordinal(day.day)}",
+            "two weeks ago",
+            "a while ago",
+        ]
     )
 
 
@@ -52,7 +67,12 @@ def _day_phrase(rng, received: date) -> str:
     return rng.choice(
         [f"{day:%A}", f"{day:%A}", f"next {day:%A}", f"next {day:%A}", f"this {day:%A}"]
         + ["tomorrow", "the day after tomorrow", "the end of the month"]
-        + [f"{day.day} {day:%B}", f"{day:%B} {_ordinal(day.day)}", f"the {_ordinal(day.day)} of {day:%B}", day.isoformat()]
+        + [
+            f"{day.day} {day:%B}",
+            f"{day:%B} {_ordinal(day.day)}",
+            f"the {_ordinal(day.day)} of {day:%B}",
+            day.isoformat(),
+        ]
         + [f"the {_ordinal(day.day)}"] * 2
     )
 
@@ -107,7 +127,10 @@ def _ticket(rng, bank: dict, intent: str, number: str) -> dict:
         items = [{"product": one, "quantity": _quantity(rng, intent)} for one, _ in chosen]
         definite = "{the_items}" in request
         slots["the_items" if definite else "items"] = _join(
-            [_counted(rng, one, many, item["quantity"], definite) for (one, many), item in zip(chosen, items, strict=True)]
+            [
+                _counted(rng, one, many, item["quantity"], definite)
+                for (one, many), item in zip(chosen, items, strict=True)
+            ]
         )
     named = {item["product"] for item in items}
     other = rng.choice([one for one, _ in bank["products"] if one not in named])
@@ -198,7 +221,7 @@ def build() -> dict[str, bytes]:
     files["tickets/hard.jsonl"] = (SOURCE / "hard.jsonl").read_bytes()
     files["feedback_comments.jsonl"] = (SOURCE / "feedback_comments.jsonl").read_bytes()
     for folder in COPIED:
-        for path in sorted((SOURCE / folder).iterdir()):
+        for path in sorted((SOURCE / folder).glob("[!.]*")):  # not what a desktop leaves there
             files[f"{folder}/{path.name}"] = path.read_bytes()
     side = _side_files()
     bank = {name: tomllib.loads((SOURCE / f"{name}.toml").read_text(encoding="utf-8")) for name in ("replies", "pii")}
@@ -216,7 +239,7 @@ def check() -> list[str]:
         if not path.exists():
             problems.append(f"data/{name} is missing: run `course data --write`")
         elif path.read_bytes() != contents:
-            problems.append(f"data/{name} differs from a fresh build: change data/source/ and run `course data --write`")
+            problems.append(f"data/{name} differs from a fresh build: edit data/source/ and run `course data --write`")
     return problems
 
 

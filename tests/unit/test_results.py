@@ -3,7 +3,7 @@ import types
 
 import pytest
 
-from course_lib import CourseError, results
+from course_lib import CourseError, profiles, results
 
 
 @pytest.fixture
@@ -150,6 +150,16 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
         results.write_json(path, {"a": 2})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ü"}
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_default_folders(monkeypatch, tmp_path):
+    monkeypatch.delenv("COURSE_OUT", raising=False)
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    assert results.default_dir("ci") == profiles.ROOT / "runs" / "ci"
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
+    assert results.default_dir("ci").as_posix() == "/content/runs/ci"
+    monkeypatch.setenv("COURSE_OUT", str(tmp_path))
+    assert results.default_dir("ci") == tmp_path / "ci"
 
 
 def test_scoreboard_is_aligned():

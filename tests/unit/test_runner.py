@@ -352,7 +352,8 @@ def test_what_changes_the_fingerprint_of_outputs(course, library):
     assert not changed(data / "train.jsonl", '{"a": 1}\r\n')
     assert changed(data / "new.jsonl", "")
     assert now(course) != now(course, sizes={"cpu": {"train": 9}})
-    assert now(course) == now(course, title="other", minutes={"ci": 3})
+    assert now(course) != now(course, bands={"cpu": {"exact": [0, 1]}})
+    assert now(course) == now(course, title="other", minutes={"ci": 3}, bands={"ci": {"exact": [0, 1]}})
 
 
 def test_cells_that_papermill_adds_do_not_count(course, library):

@@ -1,0 +1,211 @@
+"""Named training recipes, and `adapter(name)`: from the user's cache, or trained there with progress.
+
+Settings stand in `notebooks/course.toml` under `[recipes.NAME]`. The lesson that introduces a recipe trains it in view
+with the functions below; later lessons call `adapter`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from course_lib import CourseError, hardware, models, profiles, tickets
+
+
+def settings(name: str, profile: str) -> SimpleNamespace:
+    """The settings of a recipe in a profile: what all profiles share, then what this one changes."""
+    known = profiles.index().get("recipes", {})
+    if name not in known:
+        raise CourseError(f"no recipe {name!r}. The recipes are {', '.join(known)}.")
+    table = {key: value for key, value in known[name].items() if not isinstance(value, dict)}
+    per_profile = known[name].get("sizes", {})
+    return SimpleNamespace(**table | per_profile.get("cpu", {}) | per_profile.get(profile, {}))
+
+
+def examples(records: list[dict]) -> list[dict]:
+    """Tickets as prompt and completion, the form TRL computes its loss on: completion tokens only."""
+    return [
+        {
+            "prompt": tickets.messages(record),
+            "completion": [{"role": "assistant", "content": tickets.to_json(tickets.in_words(record))}],
+        }
+        for record in records
+    ]
+
+
+def add_lora(model, s: SimpleNamespace):
+    """`model` with a fresh LoRA adapter on all linear layers (the output layer excepted).
+
+    The adapter is kept in the base's dtype on a CPU, where mixed dtypes cost a fifth of the speed; in float32 on CUDA
+    below capability 8, whose float16 gradients need it.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=s.rank, lora_alpha=s.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=hardware.device() != "cpu")
+
+
+def sft_trainer(model, tokenizer, rows: list[dict], s: SimpleNamespace, seed: int, **changes):
+    """TRL's SFTTrainer for `rows` (of `examples`), everything that its defaults would get wrong here said out loud."""
+    from datasets import Dataset
+    from datasets.utils.logging import disable_progress_bar
+    from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    disable_progress_bar()
+    profiles.set_seeds(seed)
+    arguments = {
+        "output_dir": os.path.join(tempfile.gettempdir(), "course-trainer"),
+        "per_device_train_batch_size": s.batch_size,
+        "num_train_epochs": s.epochs,
+        "learning_rate": s.learning_rate,
+        "lr_scheduler_type": s.schedule,
+        "warmup_steps": s.warmup,
+        "weight_decay": 0.0,
+        "max_length": None,
+        "train_sampling_strategy": "group_by_length",
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "seed": seed,
+    }
+    config = SFTConfig(**arguments | hardware.trainer_arguments() | changes)
+    trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_progress())
+    return trainer
+
+
+def _progress():
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        """One line that is rewritten: step, loss, time left."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.start, self.line = time.monotonic(), _Line()
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in (logs or {}):
+                taken = time.monotonic() - self.start
+                left = taken / state.global_step * (state.max_steps - state.global_step)
+                ends = f"{left / 60:.1f} min left" if left > 1 else "done"
+                self.line.show(f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}  {ends}")
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.line.show(f"step {state.global_step}/{state.max_steps}  done")
+
+    return Progress()
+
+
+class _Line:
+    """In a notebook a display that is updated in place; on a terminal one rewritten line; else silent."""
+
+    def __init__(self):
+        self.handle = None
+        try:
+            shell = get_ipython()  # noqa: F821  (a name that only IPython defines)
+            self.notebook = shell is not None and hasattr(shell, "kernel")
+        except NameError:
+            self.notebook = False
+
+    def show(self, text: str) -> None:
+        if self.notebook:
+            from IPython.display import display
+
+            data = {"text/plain": text}
+            if self.handle is None:
+                self.handle = display(data, raw=True, display_id=True)
+            else:
+                self.handle.update(data, raw=True)
+        elif sys.stderr.isatty():
+            end = "\n" if text.endswith("  done") else ""
+            print(f"\r\033[K{text}", end=end, file=sys.stderr, flush=True)
+
+
+def losses(trainer) -> list[tuple[int, float]]:
+    """(step, training loss) as the trainer logged them."""
+    return [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def key(name: str, profile: str, seed: int) -> str:
+    """What the adapter depends on, as a short hash: settings, data, base, versions, dtype, seed."""
+    parts = {
+        "settings": vars(settings(name, profile)),
+        "system": tickets.SYSTEM,
+        "data": models.sha256(tickets.DATA / "tickets" / "train.jsonl"),
+        "base": models.GGUF_SHA256,
+        "versions": {k: v for k, v in hardware.versions().items() if k in ("torch", "transformers", "trl", "peft")},
+        "dtype": str(hardware.dtype()),
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cached(name: str, profile: str, seed: int = 0) -> Path:
+    """Where the cache keeps (or would keep) this adapter."""
+    return models.cache_dir() / "adapters" / f"{name}-{profile}-{seed}-{key(name, profile, seed)}"
+
+
+def save(model, folder: Path, about: dict | None = None) -> Path:
+    """Save the adapter in PEFT's own format, under a temporary name first. The base is named, not its path."""
+    from safetensors import SafetensorError
+
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        model.save_pretrained(work, safe_serialization=True)
+        config = json.loads((work / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = models.BASE_NAME
+        (work / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
+        (work / "README.md").unlink(missing_ok=True)  # a card with empty fields says less than none
+        if about:
+            (work / "training.json").write_text(json.dumps(about, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        work.rename(folder)
+    except (OSError, SafetensorError) as error:  # a full disk is the latter, in safetensors
+        raise models.ModelError(
+            f"cannot save the adapter to {folder} ({getattr(error, 'strerror', None) or error}). "
+            "Free some space, or set COURSE_OUT and COURSE_CACHE to folders on another disk."
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def keep(model, name: str, profile: str, seed: int, about: dict | None = None) -> Path:
+    """Save a freshly trained adapter into the cache, for the lessons that come later."""
+    return save(model, cached(name, profile, seed), about)
+
+
+def adapter(name: str, profile: str = "auto", seed: int = 0) -> Path:
+    """The folder of a trained adapter: from the cache, or trained now, with progress."""
+    profile = profiles.choose(profile)
+    folder = cached(name, profile, seed)
+    if (folder / "adapter_model.safetensors").exists():
+        return folder
+    print(f"Recipe {name} is not in the cache for profile {profile}, seed {seed}: it is trained now.")
+    model, trainer = prepare(name, profile, seed)
+    trainer.train()
+    return keep(model, name, profile, seed, {"losses": losses(trainer)})
+
+
+def prepare(name: str, profile: str, seed: int = 0, **changes):
+    """(model with a fresh adapter, trainer) of a recipe, ready for `trainer.train()`."""
+    s = settings(name, profile)
+    profiles.set_seeds(seed)
+    model, tokenizer = add_lora(models.load(), s), models.load_tokenizer()
+    return model, sft_trainer(model, tokenizer, examples(tickets.load("train", s.train)), s, seed, **changes)
