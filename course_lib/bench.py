@@ -20,17 +20,13 @@ from course_lib import CourseError, evaluation, hardware, models, profiles, reci
 
 SEED = 0
 SIZES = {"steps": 40, "dev": 40, "prompts": 32, "new_tokens": 48}
+for word in os.environ.get("COURSE_BENCH", "").split():  # such as "steps=2 prompts=2", for tests
+    SIZES[word.split("=")[0]] = int(word.split("=")[1])
 PROMISES = {  # the first side over the second
     "training speed": ("train_course", "train_defaults", "tokens_per_s", "at least", 1.5),
     "dev loss": ("train_course", "train_defaults", "dev_loss", "at most", 1.02),
     "generation speed": ("generate_course", "generate_plain", "tokens_per_s", "at least", 6.0),
 }
-
-
-def sizes() -> dict[str, int]:
-    """`SIZES`, with what `COURSE_BENCH` changes, such as "steps=2 prompts=2": for tests."""
-    changed = dict(word.split("=") for word in os.environ.get("COURSE_BENCH", "").split())
-    return SIZES | {name: int(value) for name, value in changed.items()}
 
 
 # --- the sides: each returns what it measured ------------------------------------------------------------------------
@@ -44,15 +40,14 @@ def load() -> dict:
         for path in models.base_path().iterdir():
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    cold, warm = (_seconds(lambda: (models.load(), models.load_tokenizer())) for _ in range(2))
-    return {"cold_s": cold, "warm_s": warm, "cold_means": means, "peak_mb": hardware.peak_rss_mb()}
+    cold, warm = (_speed(lambda: (models.load(), len(models.load_tokenizer()))[1]) for _ in range(2))
+    return {"cold_s": cold["seconds"], "warm_s": warm["seconds"], "cold_means": means, "peak_mb": warm["peak_mb"]}
 
 
 def train_course() -> dict:
     s, tokenizer, rows = _training()
-    model = recipes.add_lora(models.load(), s)
-    changes = {"max_steps": sizes()["steps"], "train_sampling_strategy": "sequential"}
-    return _train(recipes.sft_trainer(model, tokenizer, rows, s, SEED, **changes), tokenizer)
+    model, equal = recipes.add_lora(models.load(), s), {"train_sampling_strategy": "sequential"}
+    return _train(recipes.sft_trainer(model, tokenizer, rows, s, SEED, max_steps=SIZES["steps"], **equal), tokenizer)
 
 
 def train_defaults() -> dict:
@@ -63,19 +58,11 @@ def train_defaults() -> dict:
 
     s, tokenizer, rows = _training()
     config = SFTConfig(
-        output_dir=os.path.join(tempfile.gettempdir(), "course-bench"),
-        per_device_train_batch_size=s.batch_size,
-        max_steps=sizes()["steps"],
-        learning_rate=s.learning_rate,
-        lr_scheduler_type=s.schedule,
-        warmup_steps=s.warmup,
-        train_sampling_strategy="sequential",
-        seed=SEED,
+        output_dir=tempfile.gettempdir(), per_device_train_batch_size=s.batch_size, max_steps=SIZES["steps"], seed=SEED,
+        learning_rate=s.learning_rate, lr_scheduler_type=s.schedule, warmup_steps=s.warmup,
+        train_sampling_strategy="sequential", save_strategy="no", report_to="none", disable_tqdm=True,
         use_cpu=hardware.device() == "cpu",  # the default refuses to start without a GPU
-        save_strategy="no",  # from here on only to keep it quiet
-        report_to="none",
-        disable_tqdm=True,
-    )
+    )  # fmt: skip
     lora = LoraConfig(r=s.rank, lora_alpha=s.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     data = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     trainer = SFTTrainer(model=str(models.base_path()), args=config, peft_config=lora, **data)
@@ -86,7 +73,7 @@ def train_defaults() -> dict:
 def _training():
     profiles.set_seeds(SEED)
     s = recipes.settings("ticket_lora", "cpu")
-    return s, models.load_tokenizer(), recipes.examples(tickets.load("train", sizes()["steps"] * s.batch_size))
+    return s, models.load_tokenizer(), recipes.examples(tickets.load("train", SIZES["steps"] * s.batch_size))
 
 
 def _train(trainer, tokenizer) -> dict:
@@ -99,15 +86,15 @@ def _train(trainer, tokenizer) -> dict:
 
     trainer.add_callback(Steps())
     tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)  # as read, without padding
-    found = _speed(tokens, _seconds(trainer.train))  # with the peak of training alone
+    found = _speed(lambda: (trainer.train(), tokens)[1])  # with the peak of training alone
     print("loss on dev", flush=True)
-    rows = recipes.examples(tickets.load("dev", sizes()["dev"]))
+    rows = recipes.examples(tickets.load("dev", SIZES["dev"]))
     pairs = [(row["prompt"], row["completion"][0]["content"]) for row in rows]
     return found | {"dev_loss": float(evaluation.completion_nll(trainer.model, tokenizer, pairs).mean())}
 
 
 def generate_course() -> dict:
-    model, tokenizer, n = models.load(), models.load_tokenizer(), sizes()["new_tokens"]
+    model, tokenizer, n = models.load(), models.load_tokenizer(), SIZES["new_tokens"]
     return _generate(lambda some: [a.tokens for a in evaluation.generate(model, tokenizer, some, max_new_tokens=n)])
 
 
@@ -120,7 +107,7 @@ def generate_plain() -> dict:
 
     def answer(prompt):
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        out = model.generate(**ids.to(model.device), max_new_tokens=sizes()["new_tokens"], do_sample=False)
+        out = model.generate(**ids.to(model.device), max_new_tokens=SIZES["new_tokens"], do_sample=False)
         return out.shape[1] - ids["input_ids"].shape[1]
 
     return _generate(lambda some: [answer(prompt) for prompt in some])
@@ -128,20 +115,17 @@ def generate_plain() -> dict:
 
 def _generate(answer) -> dict:
     """answer: prompts to the numbers of new tokens."""
-    prompts, counts = [tickets.messages(record) for record in tickets.load("dev", sizes()["prompts"])], []
+    prompts = [tickets.messages(record) for record in tickets.load("dev", SIZES["prompts"])]
     answer(prompts[:2])  # the first use of the kernels is not counted
-    seconds = _seconds(lambda: counts.extend(answer(prompts)))
-    return _speed(sum(counts), seconds)
+    return _speed(lambda: sum(answer(prompts)))
 
 
-def _speed(tokens: int, seconds: float) -> dict:
-    return {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds, "peak_mb": hardware.peak_rss_mb()}
-
-
-def _seconds(call) -> float:
+def _speed(work) -> dict:
+    """work: a function that returns how many tokens it went through."""
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    tokens = work()
+    seconds = time.perf_counter() - start
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds, "peak_mb": hardware.peak_rss_mb()}
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
@@ -197,7 +181,7 @@ def main() -> int:
     if models.damaged():  # in a process of its own: a conversion would count as this one's memory
         subprocess.run([sys.executable, "-m", "course_lib", "fetch"], check=True)
     sides = {name: _run(name, folder / f"{name}.log") for name in SIDES}
-    found = {"sizes": sizes(), "hardware": hardware.describe(), "versions": hardware.versions(), "sides": sides}
+    found = {"sizes": SIZES, "hardware": hardware.describe(), "versions": hardware.versions(), "sides": sides}
     found["ratios"] = compare(sides)
     results.write_json(folder / "bench.json", found)
     columns = {"tokens_per_s": ".1f", "seconds": ".1f", "dev_loss": ".4f", "peak_mb": ".0f"}

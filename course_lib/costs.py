@@ -5,7 +5,9 @@ from __future__ import annotations
 from course_lib import CourseError
 
 
-def cost_per_success(seconds: float, successes: int, dollars_per_hour: float, fixed_dollars: float = 0.0) -> float | None:
+def cost_per_success(
+    seconds: float, successes: int, dollars_per_hour: float, fixed_dollars: float = 0.0
+) -> float | None:
     """Dollars per right answer: machine time plus what was paid once, over the answers that were right.
 
     seconds: machine time of all answers, wrong ones too (they are paid for as well). fixed_dollars: the share of a

@@ -54,7 +54,11 @@ def _cache(model, capacity: int):
 def merged(model):
     """While inside, the adapter of a PEFT model is folded into the weights: the same answers, fewer multiplications."""
     merge = getattr(model, "merge_adapter", None)
-    if merge is None or getattr(model, "active_peft_config", None) is None or model.active_peft_config.is_prompt_learning:
+    if (
+        merge is None
+        or getattr(model, "active_peft_config", None) is None
+        or model.active_peft_config.is_prompt_learning
+    ):
         yield model
         return
     kept = [(layer, layer.weight.data.clone()) for layer in _base_layers(model)]

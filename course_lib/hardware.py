@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from functools import lru_cache
+from functools import cache
 
 # glibc gives large blocks back to the kernel after every step and faults them in again in the next one. Told to keep
 # them, training is a quarter faster. Both are read when a process starts: too late to set inside a running kernel.
@@ -43,7 +43,7 @@ def has_nvidia() -> bool:
     return os.path.exists("/proc/driver/nvidia/version") or "COLAB_GPU" in os.environ and bool(os.environ["COLAB_GPU"])
 
 
-@lru_cache(maxsize=None)
+@cache
 def device() -> str:
     """`cuda` or `cpu`. Apple's MPS is used only where `COURSE_DEVICE=mps` asks for it."""
     import torch
@@ -73,7 +73,7 @@ def cuda_has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
 
 
-@lru_cache(maxsize=None)
+@cache
 def dtype():
     """The dtype of the base weights: bfloat16 where the hardware has it, float16 on older CUDA, else float32.
 

@@ -142,13 +142,13 @@ def latest():
     return found[-1].parent
 
 
-def write_json(path, data):
-    """Write JSON through a temporary file, so that no reader and no interruption ever sees half of it."""
+def write_text(path, text):
+    """Write through a temporary file, so that no reader and no interruption ever sees half of it."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
         cure = "Make room there or choose another folder: --out DIR, or COURSE_OUT."
@@ -156,6 +156,11 @@ def write_json(path, data):
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def write_json(path, data):
+    """JSON, by `write_text`."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _load(path, table, *fields):

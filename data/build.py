@@ -24,6 +24,7 @@ SOURCE = HERE / "source"
 SEED = 20260105
 SIZES = {"train": 2000, "dev": 200, "test": 300}
 COPIED = ("general", "safety", "policies")
+COPIED_FILES = ("feedback_comments.jsonl", "ladder.csv", "gaps.csv", "mistakes.csv")
 
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 # How often a ticket of this intent carries a due date where its wording has no place for one.
@@ -151,10 +152,10 @@ def _ticket(rng, bank: dict, intent: str, number: str) -> dict:
     elif "{span}" in wording:
         due = slots["span"] = _span_phrase(rng)
 
-    human = rng.random() < 0.22
+    human = rng.random() < 0.4
     if human:
         after.append(rng.choice(bank["human_sentences"]))
-    elif rng.random() < 0.2:
+    elif rng.random() < 0.15:
         after.append(rng.choice(bank["near_human"]))
     rng.shuffle(after)
     if rng.random() < 0.3:
@@ -219,7 +220,7 @@ def build() -> dict[str, bytes]:
     splits = {name: split(name) for name in SIZES}
     files = {f"tickets/{name}.jsonl": _lines(rows) for name, rows in splits.items()}
     files["tickets/hard.jsonl"] = (SOURCE / "hard.jsonl").read_bytes()
-    files["feedback_comments.jsonl"] = (SOURCE / "feedback_comments.jsonl").read_bytes()
+    files |= {name: (SOURCE / name).read_bytes() for name in COPIED_FILES}
     for folder in COPIED:
         for path in sorted((SOURCE / folder).glob("[!.]*")):  # not what a desktop leaves there
             files[f"{folder}/{path.name}"] = path.read_bytes()

@@ -55,7 +55,10 @@ def tiny_model():
             torch.manual_seed(0)
             return LlamaForCausalLM(config).to(dtype).eval()
 
-    return build
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # quicker for a model of this size, above all on a busy machine
+    yield build
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

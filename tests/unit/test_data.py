@@ -383,6 +383,23 @@ def test_comments_are_balanced():
     assert len({c["text"].lower() for c in comments}) == len(comments)
 
 
+def test_the_ladder_gets_no_cheaper_on_the_way_up():
+    ladder = table("ladder.csv")
+    assert [int(rung["order"]) for rung in ladder] == list(range(1, 16))
+    costs = [["none", "very low", "low", "moderate", "high", "very high"].index(rung["cost"]) for rung in ladder]
+    assert costs == sorted(costs)
+    names = [rung["run_here"] for rung in ladder if not rung["run_here"].isdigit()]
+    measured = "base prompt few_shot retry grammar validator retrieval date_tool routing larger_model lora"
+    assert [name for name in names if name] == measured.split()
+
+
+def test_gaps_name_rungs_and_mistakes_lessons():
+    rungs = {rung["rung"] for rung in table("ladder.csv")}
+    gaps, mistakes = table("gaps.csv"), table("mistakes.csv")
+    assert len(gaps) == 9 and {gap["rung"] for gap in gaps} <= rungs
+    assert len(mistakes) == 7 and all(re.fullmatch(r"\d\d", row["lesson"]) for row in mistakes)
+
+
 @pytest.mark.parametrize("name", ["facts", "arithmetic"])
 def test_questions_have_one_right_answer(name):
     for question in rows(f"general/{name}.jsonl"):
