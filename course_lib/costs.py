@@ -32,9 +32,9 @@ def stop_rung(rungs: list[dict], target: float, max_cost: float | None = None) -
     if len(set(names)) < len(names):
         raise CourseError(f"a rung stands twice in the table: {names}")
     for rung in rungs:
-        if rung["low"] < target:
+        if not rung["low"] >= target:  # a score that is no number is not good enough
             continue
-        if max_cost is not None and (rung["cost_per_success"] is None or rung["cost_per_success"] > max_cost):
+        if max_cost is not None and (rung["cost_per_success"] is None or not rung["cost_per_success"] <= max_cost):
             continue
         return rung["name"]
     return None

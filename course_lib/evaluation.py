@@ -207,7 +207,8 @@ def proportion(hits: Sequence[bool]) -> Estimate:
     p, z = float(np.mean(hits)), 1.959964
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
-    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half), n)
+    low, high = (0.0 if p == 0 else middle - half), (1.0 if p == 1 else middle + half)  # exact where rounding is not
+    return Estimate(p, low, high, n)
 
 
 def mean(values: Sequence[float], seed: int = 0) -> Estimate:

@@ -48,3 +48,118 @@ def show_source(function):
     from IPython.display import Markdown, display
 
     display(Markdown(f"```python\n{textwrap.dedent(inspect.getsource(function)).rstrip()}\n```"))
+
+
+# --- lesson 00 -------------------------------------------------------------------------------------------------------
+
+
+@register("00.1", "Fill in all six fields of the record, by the house rules.")
+def _desk_record(answer):
+    from course_lib import tickets
+
+    wanted = {
+        "intent": ("buy", "what does the customer want to happen now?"),
+        "items": ([{"product": "bed sheet", "quantity": 12}], "what this request is about, singular, with its number"),
+        "order_id": (None, "the order that this request is about; a new one has no number yet"),
+        "due_date": ("2026-03-20", "'next Friday' is the Friday of the week that starts next Monday"),
+        "needs_human": (False, "an offer to be rung if something is unclear asks for nobody"),
+        "priority": ("urgent", "start at normal; one step for a due date, one for a quantity of ten or more"),
+    }
+    if set(answer) != set(wanted):
+        return False, f"the record has exactly the fields {', '.join(wanted)}."
+    if any(value is ... for value in answer.values()):
+        return None, "" if all(value is ... for value in answer.values()) else "Some fields still hold dots."
+    answer = answer | {"due_date": "2026-03-20"} if answer["due_date"] == "next Friday" else answer
+    wrong = [f"{field} ({why})" for field, (value, why) in wanted.items() if answer[field] != value]
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    if error := tickets.parse(tickets.to_json(answer)).error:  # 0 equals False, and is not what the schema wants
+        return False, f"the values are right, a type is not ({error})."
+    return True, "six fields of six: the desk can use this record."
+
+
+@register("00.2", "Give the number of tokens of each of the three spellings as whole numbers.")
+def _token_counts(answer):
+    tokens = {"compact": 45, "blanks": 56, "indented": 71}
+    if set(answer) != set(tokens):
+        return False, f"the names are {', '.join(tokens)}."
+    if any(value is ... or value is None for value in answer.values()):
+        return None, ""
+    if answer == {"compact": 142, "blanks": 156, "indented": 196}:
+        return False, "these are characters: count what the tokenizer returns."
+    wrong = [name for name, count in tokens.items() if answer[name] != count]
+    if wrong:
+        return False, f"look again at {', '.join(wrong)}: is the text spelled as its name says, and nothing around it?"
+    return True, "the indented form costs more than half as much again as the compact one, on every single ticket."
+
+
+# --- lesson 01 -------------------------------------------------------------------------------------------------------
+
+
+def _untouched(answer, wanted):
+    """The names of `wanted` for which a dict holds dots still; ValueError where its names are others."""
+    if set(answer) != set(wanted):
+        raise ValueError(f"the names are {', '.join(wanted)}")
+    return [name for name in wanted if answer[name] is ...]
+
+
+@register("01.1", "Give the next rung for a, b and c, each by its name in this lesson.")
+def _next_rungs(answer):
+    wanted = {"a": "retrieval", "b": "grammar", "c": "lora"}
+    why = {
+        ("a", "lora"): "the pages change every week, and weights would be stale by then",
+        ("a", "prompt"): "forty pages in every prompt are paid for on every call",
+        ("b", "lora"): "the content is right, so there is nothing to teach",
+        ("b", "retry"): "that pays for the answer twice, and the second may break too",
+        ("b", "validator"): "it finds the broken answers, which the parser does already, and mends none",
+        ("b", "few_shot"): "examples make the form likelier and never sure",
+    }
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    given = {name: str(rung).strip().lower() for name, rung in answer.items()}
+    measured = "that one was measured already: what is left?"
+    hints = {"a": "is a fact missing, or a behaviour?", "b": "what makes a broken form impossible?", "c": measured}
+    wrong = [f"{n} ({why.get((n, given[n]), hints[n])})" for n in wanted if given[n] != wanted[n]]
+    return not wrong, "look again at " + "; ".join(wrong) + "." if wrong else "knowledge, form and behaviour, in turn."
+
+
+@register("01.2", "Give the dollars for one right answer of each rung as a number, or None where no money buys one.")
+def _dollars_for_a_right_answer(answer):
+    wanted = {"few_shot": None, "larger_model": 0.30 / 480, "lora": 0.36 / 700}
+    slips = (
+        (("larger_model", 0.30 / 1000), "only right answers count below the fraction, not all thousand."),
+        (("lora", 0.36 / 1000), "only right answers count below the fraction, not all thousand."),
+        (("lora", 0.06 / 700), "the training run has to be paid for too."),
+        (("larger_model", 3000 * 0.36 / 480), "the price is for an hour, and the times are in seconds."),
+        (("lora", (600 * 0.36 + 0.30) / 700), "the price is for an hour, and the times are in seconds."),
+    )
+
+    def near(a, b):
+        return isinstance(a, int | float) and abs(a - b) <= 0.01 * b
+
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    for (name, slip), message in slips:
+        if near(answer[name], slip):
+            return False, f"{name}: {message}"
+    if answer["few_shot"] is not None:
+        return False, "few_shot: nothing was right, so no sum of money buys a right answer, and no number says that."
+    wrong = [name for name in ("larger_model", "lora") if not near(answer[name], wanted[name])]
+    if wrong:
+        return False, f"look again at {', '.join(wrong)}: all machine time and training, over the right answers."
+    return True, "the trained rung is the cheapest for a right answer, its training included."
+
+
+@register("01.3", 'Give the name of one rung, such as "prompt".')
+def _where_the_rule_stops(answer):
+    messages = {
+        "prompt": "its lower end is zero, and no answer was right.",
+        "few_shot": "its value reaches the target, but the lower end of its interval does not.",
+        "routing": "its lower end reaches the target, but a right answer costs more than the limit.",
+        "lora": "it is the best, but the rule takes the first that is good enough.",
+        "larger_model": "the first rung that passes both conditions.",
+    }
+    name = str(answer).strip().lower()
+    return name == "larger_model", messages.get(name, f"{answer!r} is not in the table.")

@@ -8,6 +8,8 @@ import platform
 import sys
 from functools import cache
 
+from course_lib import CourseError
+
 # glibc gives large blocks back to the kernel after every step and faults them in again in the next one. Told to keep
 # them, training is a quarter faster. Both are read when a process starts: too late to set inside a running kernel.
 _KEEP_PAGES = 4 << 30
@@ -32,6 +34,7 @@ def kernel_environment() -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "PYTHONHASHSEED": "0",
+        "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm asks for ipywidgets, with a path of this machine
     }
     if not has_nvidia():  # with a GPU, profile t4 takes its model from the hub
         wanted["HF_HUB_OFFLINE"] = "1"
@@ -50,7 +53,7 @@ def device() -> str:
 
     asked = os.environ.get("COURSE_DEVICE")
     if asked not in (None, "", "cpu", "cuda", "mps"):
-        raise ValueError(f"COURSE_DEVICE={asked!r}: choose cpu, cuda or mps")
+        raise CourseError(f"COURSE_DEVICE={asked!r}: choose cpu, cuda or mps")
     return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -84,7 +87,7 @@ def dtype():
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if asked := os.environ.get("COURSE_DTYPE"):
         if asked not in names:
-            raise ValueError(f"COURSE_DTYPE={asked!r}: choose one of {', '.join(names)}")
+            raise CourseError(f"COURSE_DTYPE={asked!r}: choose one of {', '.join(names)}")
         return names[asked]
     if device() == "cuda":
         return torch.bfloat16 if cuda_has_bf16() else torch.float16
@@ -99,7 +102,7 @@ def trainer_arguments() -> dict:
     """
     cuda = device() == "cuda"
     return {
-        "use_cpu": not cuda,
+        "use_cpu": device() == "cpu",
         "bf16": cuda and cuda_has_bf16(),
         "fp16": cuda and not cuda_has_bf16(),
         "gradient_checkpointing": False,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-# Okabe and Ito's colours, told apart with any common colour blindness. Blue is the run at hand, orange what it is compared with.
+# Okabe and Ito's colours, told apart with any common colour blindness. Blue is the run at hand, orange what it is
+# compared with.
 BLUE, ORANGE, GREEN, PINK, RED, SKY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000",
 )  # fmt: skip
@@ -77,7 +78,7 @@ def _map(current: str) -> str:
             )
     start, end = centres["Check"], centres["Data"]
     parts += [
-        f'<path d="M{start:g} 218 V234 H{end:g} V188" fill="none" stroke="#555" stroke-width="1.5" '
+        f'<path d="M{start:g} 218 V234 H{end:g} V168" fill="none" stroke="#555" stroke-width="1.5" '
         'stroke-dasharray="5 4" marker-end="url(#tip)"/>',
         f'<text x="{(start + end) / 2:g}" y="228" font-size="13" fill="#444">'
         "what a check finds goes back into the data, and into the decision</text>",
@@ -112,3 +113,29 @@ def figure_style() -> None:
 def save(fig, lesson, name: str) -> None:
     """Write `fig` to the lesson's folder of figures as `<name>.png`; the report shows it under that name."""
     fig.savefig(lesson.folder("figures") / f"{name}.png")
+
+
+def over_reference(ax, recipe: str, profile: str, curve: list[tuple[int, float]]) -> None:
+    """The reader's training curve over the stored reference of the recipe: the band of its seeds and the control.
+
+    curve: (step, loss) pairs. The reference of profile `cpu` stands behind every profile that has none of its own.
+    """
+    from course_lib import reference
+
+    rows = reference.read(recipe, "curves")
+    own = [r for r in rows if r["profile"] == profile] or [r for r in rows if r["profile"] == "cpu"]
+    by_step: dict[int, list[float]] = {}
+    for row in own:
+        if not row["control"]:
+            by_step.setdefault(int(row["step"]), []).append(float(row["loss"]))
+    if by_step:
+        steps = sorted(by_step)
+        low, high = ([f(by_step[s]) for s in steps] for f in (min, max))
+        ax.fill_between(steps, low, high, color=ORANGE, alpha=0.35, label="reference, all seeds")
+        control = [(int(r["step"]), float(r["loss"])) for r in own if r["control"]]
+        ax.plot(*zip(*control, strict=True), color=BLACK, linestyle=":", label="control: learning rate 0")
+        made = own[0]
+        ax.set_title(f"reference: profile {made['profile']}, {made['date']}, {made['dtype']}, trl {made['trl']}", fontsize=8)
+    ax.plot(*zip(*curve, strict=True), color=BLUE, label="this run")
+    ax.set(xlabel="step", ylabel="training loss", yscale="log")
+    ax.legend()

@@ -24,8 +24,8 @@ def index() -> dict:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CourseError(
-            f"there is no index of lessons at {path}. The library expects the course's folder around it: install it with "
-            "`pip install -e .` in a clone, or set COURSE_ROOT to one."
+            f"there is no index of lessons at {path}. The library expects the course's folder around it: "
+            "install it with `pip install -e .` in a clone, or set COURSE_ROOT to one."
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise CourseError(f"{path} is not valid TOML: {error}") from None
@@ -49,7 +49,7 @@ def choose(profile: str = "auto") -> str:
     """The profile meant by `profile`: "auto" is `COURSE_PROFILE`, else `t4` with a CUDA device and `cpu` without."""
     asked = profile
     if profile == "auto":
-        profile = os.environ.get("COURSE_PROFILE", "auto")
+        profile = os.environ.get("COURSE_PROFILE") or "auto"
     if profile == "auto":
         from course_lib import hardware
 
@@ -79,7 +79,8 @@ class Lesson:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CourseError(
-                f"cannot write to {path} ({error.strerror}): pass another place with `--out`, COURSE_OUT or the parameter out_dir."
+                f"cannot write to {path} ({error.strerror}): pass another place with `--out`, COURSE_OUT or the "
+                "parameter out_dir."
             ) from error
         return path
 

@@ -71,6 +71,7 @@ def sft_trainer(model, tokenizer, rows: list[dict], s: SimpleNamespace, seed: in
         "lr_scheduler_type": s.schedule,
         "warmup_steps": s.warmup,
         "weight_decay": 0.0,
+        "adam_beta2": s.beta2,
         "max_length": None,
         "train_sampling_strategy": "group_by_length",
         "logging_steps": 5,
@@ -173,8 +174,8 @@ def save(model, folder: Path, about: dict | None = None) -> Path:
         (work / "README.md").unlink(missing_ok=True)  # a card with empty fields says less than none
         if about:
             (work / "training.json").write_text(json.dumps(about, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
+        work.chmod(0o755)  # mkdtemp's folders are closed to everybody else
+        shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
     except (OSError, SafetensorError) as error:  # a full disk is the latter, in safetensors
         raise models.ModelError(

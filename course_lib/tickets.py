@@ -27,6 +27,7 @@ FIELDS = ("intent", "items", "order_id", "due_date", "needs_human", "priority")
 # House rule 5: the level a ticket starts from. Everything that is not named starts at "normal".
 START_LEVEL = {"question": 0, "invoice": 0, "damaged": 2, "missing": 2}
 BULK = 10
+NO_ORDER = ("buy", "question")  # intents that are not about an order which exists already
 MAX_ANSWER_CHARS = 4000  # a record has about 200 characters; beyond this an answer is babble and is not parsed
 
 
@@ -49,6 +50,12 @@ class Ticket(_Strict):
     due_date: Annotated[str, Field(min_length=1, max_length=40)] | None
     needs_human: bool
     priority: Priority
+
+
+def needs_human(intent: str, order_id: str | None, asked: bool) -> bool:
+    """House rule 4. A matter of an order whose number is missing has to be looked up by a person; so has whatever the
+    customer `asked` a person for, threatens with, or got hurt by."""
+    return asked or (order_id is None and intent not in NO_ORDER)
 
 
 def priority(intent: str, items: list[dict], due_date: str | None, needs_human: bool) -> str:

@@ -37,7 +37,6 @@ DUE_RATE = {
     "missing": 0.25,
     "damaged": 0.25,
 }
-NO_ORDER = ("buy", "question")
 
 
 def _ordinal(n: int) -> str:
@@ -140,7 +139,7 @@ def _ticket(rng, bank: dict, intent: str, number: str) -> dict:
     before, after = [], []
     if "{order}" in request:
         order = slots["order"]
-    elif intent not in NO_ORDER and rng.random() < 0.5:
+    elif intent not in desk.NO_ORDER and rng.random() < 0.5:
         order = slots["order"]
         (before if rng.random() < 0.3 else after).append(rng.choice(bank["order_sentences"]))
 
@@ -152,10 +151,10 @@ def _ticket(rng, bank: dict, intent: str, number: str) -> dict:
     elif "{span}" in wording:
         due = slots["span"] = _span_phrase(rng)
 
-    human = rng.random() < 0.4
-    if human:
+    asked = rng.random() < 0.06
+    if asked:
         after.append(rng.choice(bank["human_sentences"]))
-    elif rng.random() < 0.15:
+    elif rng.random() < 0.1:
         after.append(rng.choice(bank["near_human"]))
     rng.shuffle(after)
     if rng.random() < 0.3:
@@ -174,9 +173,9 @@ def _ticket(rng, bank: dict, intent: str, number: str) -> dict:
         "items": items,
         "order_id": order,
         "due_date": desk.resolve_date(due, received.isoformat()) if due else None,
-        "needs_human": human,
+        "needs_human": desk.needs_human(intent, order, asked),
     }
-    ticket["priority"] = desk.priority(ticket["intent"], items, ticket["due_date"], human)
+    ticket["priority"] = desk.priority(intent, items, ticket["due_date"], ticket["needs_human"])
     return {
         "id": number,
         "received": received.isoformat(),

@@ -7,7 +7,9 @@ import pytest
 
 from course_lib import CourseError, hardware, models, profiles, recipes, tickets
 
-SETTINGS = {"rank": 4, "alpha": 8, "learning_rate": 1e-3, "batch_size": 2, "schedule": "cosine", "warmup": 0.05}
+SETTINGS = {
+    "rank": 4, "alpha": 8, "learning_rate": 1e-3, "batch_size": 2, "schedule": "cosine", "warmup": 0.05, "beta2": 0.95
+}  # fmt: skip
 RECIPES = {
     "ticket_lora": SETTINGS | {"epochs": 1, "sizes": {"ci": {"train": 8}, "cpu": {"train": 64}}, "minutes": {"ci": 1}},
     "other": SETTINGS,
