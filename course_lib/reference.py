@@ -87,13 +87,14 @@ def _piece(name: str, profile: str, seed: int, control: str, key: str) -> None:
 
 
 def ticket_metrics(model, tokenizer, n: int) -> dict[str, tuple[float, int]]:
-    """{metric: (value, n)} of a model tuned on tickets: exact match, valid records, loss on the right record."""
+    """{metric: (value, n)} of a model tuned on tickets: exact match with the date tool and the checks,
+    valid records, loss on the right record."""
     records = tickets.load("test", n)
     answers = evaluation.generate(model, tokenizer, [tickets.messages(r) for r in records], max_new_tokens=100)
     found = [tickets.parse(a.text).ticket for a in answers]
-    exact = [
-        tickets.exact(r["ticket"], f and tickets.resolve(f, r["received"])) for r, f in zip(records, found, strict=True)
-    ]
+    dated = [f and tickets.resolve(f, r["received"]) for r, f in zip(records, found, strict=True)]
+    checked = [f and tickets.with_checks(f, r["text"]) for r, f in zip(records, dated, strict=True)]
+    exact = [tickets.exact(r["ticket"], f) for r, f in zip(records, checked, strict=True)]
     pairs = [(tickets.messages(r), tickets.to_json(tickets.in_words(r))) for r in records]
     nll = evaluation.completion_nll(model, tokenizer, pairs)
     valid = sum(f is not None for f in found) / n

@@ -115,14 +115,32 @@ def test_rule_3_the_date_follows_from_the_words():
             assert day >= record["received"], record["id"]
 
 
+def number_missing(record: dict) -> bool:
+    """Rule 4, first half, in the words of the card: about an order that exists already, and its number is not there."""
+    return record["ticket"]["intent"] not in ("buy", "question") and record["ticket"]["order_id"] is None
+
+
+def test_rule_4_an_order_without_its_number_needs_a_person():
+    for record in EVERY:
+        assert record["ticket"]["needs_human"] or not number_missing(record), record["id"]
+
+
 @pytest.mark.parametrize("split", GENERATED)
 def test_rule_4_by_the_sentences(split):
     bank = BANKS[split]
     for record in RECORDS[split]:
         reasons = [sentence for sentence in bank["human_sentences"] if sentence in record["text"]]
-        assert len(reasons) == record["ticket"]["needs_human"], record["id"]
+        assert len(reasons) <= 1, record["id"]
+        if not number_missing(record):
+            assert bool(reasons) == record["ticket"]["needs_human"], record["id"]
         if reasons:
             assert not any(sentence in record["text"] for sentence in bank["near_human"]), record["id"]
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_rule_4_every_case_occurs(split):
+    found = Counter((number_missing(record), record["ticket"]["needs_human"]) for record in RECORDS[split])
+    assert set(found) == {(True, True), (False, True), (False, False)} and min(found.values()) >= 8
 
 
 def test_rule_5_priority():
@@ -185,14 +203,16 @@ def test_no_field_is_decided_by_its_majority(split):
     def share(holds):
         return sum(map(holds, records)) / len(records)
 
-    assert 0.15 < share(lambda t: t["needs_human"]) < 0.35
+    # Hard names fewer order numbers and more other reasons for a person, and with them its priorities rise.
+    person, level_at_most = (0.50, 0.65) if split == "hard" else (0.35, 0.55)
+    assert 0.15 < share(lambda t: t["needs_human"]) < person
     assert 0.25 < share(lambda t: t["due_date"] is not None) < 0.45
     assert 0.45 < share(lambda t: t["order_id"] is not None) < 0.70
     assert 0.15 < share(lambda t: not t["items"]) < 0.55
     assert share(lambda t: len(t["items"]) > 1) > 0.15
-    assert share(lambda t: sum(item["quantity"] for item in t["items"]) >= 10) > 0.05
+    assert share(lambda t: sum(item["quantity"] for item in t["items"]) >= 10) > 0.04
     for level in tickets.PRIORITIES:
-        assert 0.05 < share(lambda t, level=level: t["priority"] == level) < 0.55
+        assert 0.05 < share(lambda t, level=level: t["priority"] == level) < level_at_most
     others = sum(
         bool(set(re.findall(r"\bK-\d{4}\b", r["text"].upper())) - {r["ticket"]["order_id"]}) for r in RECORDS[split]
     )
@@ -469,6 +489,27 @@ def test_the_card_counts_right():
     built = {p.relative_to(DATA).as_posix() for p in DATA.rglob("*") if p.suffix in (".jsonl", ".csv", ".txt")}
     made_elsewhere = ("source/", "reference/")
     assert set(files) == {name for name in built if not name.startswith(made_elsewhere)}
+
+
+def test_the_card_measures_right():
+    measures = {
+        "has an order_id": lambda r: r["ticket"]["order_id"] is not None,
+        "has a due_date": lambda r: r["due_phrase"] is not None,
+        "needs_human": lambda r: r["ticket"]["needs_human"],
+        "needs_human, the order's number is missing": number_missing,
+        "needs_human for another reason alone": lambda r: r["ticket"]["needs_human"] and not number_missing(r),
+        "quantities add up to 10 or more": lambda r: sum(i["quantity"] for i in r["ticket"]["items"]) >= 10,
+    }
+    said = {row[0]: row[1:] for row in card_rows(r"\|")}
+    for name, holds in measures.items():
+        for cell, records in zip(said[name], RECORDS.values(), strict=True):
+            percent = 100 * sum(map(holds, records)) / len(records)
+            assert float(cell.removesuffix(" %")) == pytest.approx(percent, abs=0.5), (name, cell)
+    levels = said["priority low / normal / high / urgent"]
+    for cell, records in zip(levels, RECORDS.values(), strict=True):
+        counts = Counter(record["ticket"]["priority"] for record in records)
+        for percent, level in zip(cell.removesuffix(" %").split(" / "), tickets.PRIORITIES, strict=True):
+            assert float(percent) == pytest.approx(100 * counts[level] / len(records), abs=0.5), (level, cell)
 
 
 def test_the_dates_of_the_card():

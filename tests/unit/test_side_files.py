@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from course_lib.tickets import needs_human
+
 DATA = Path(__file__).parents[2] / "data"
 spec = importlib.util.spec_from_file_location("side_files", DATA / "side_files.py")
 side = importlib.util.module_from_spec(spec)
@@ -37,7 +39,7 @@ def make_tickets(split: str, count: int, seed: int) -> list[dict]:
         intent = INTENTS[n % len(INTENTS)]
         items = [{"product": rng.choice(PRODUCTS), "quantity": 1 + rng.randrange(6)} for _ in range(rng.randrange(4))]
         order = f"K-{rng.randrange(1000, 10000)}" if intent not in ("buy", "question") and rng.random() < 0.6 else None
-        human = rng.random() < 0.15
+        human = needs_human(intent, order, rng.random() < 0.15)
         ticket = {"intent": intent, "items": items, "order_id": order, "due_date": None, "needs_human": human}
         tickets.append(
             {

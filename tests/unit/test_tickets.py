@@ -8,7 +8,17 @@ from datetime import date, timedelta
 import pytest
 
 from course_lib import tickets
-from course_lib.tickets import Parsed, exact, field_matches, parse, priority, resolve, resolve_date, to_json
+from course_lib.tickets import (
+    Parsed,
+    exact,
+    field_matches,
+    needs_human,
+    parse,
+    priority,
+    resolve,
+    resolve_date,
+    to_json,
+)
 
 TICKET = {
     "intent": "buy",
@@ -255,6 +265,22 @@ def test_quantities_add_up():
 
 def test_the_words_of_a_date_count_like_the_date():
     assert priority("buy", [], "next Friday", False) == priority("buy", [], "2026-03-20", False) == "high"
+
+
+# --- rule 4 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("intent", tickets.INTENTS)
+def test_needs_human_in_every_combination(intent):
+    for order, asked in itertools.product((None, "K-4821"), (False, True)):
+        missing = order is None and intent not in ("buy", "question")
+        assert needs_human(intent, order, asked) is (missing or asked)
+
+
+def test_a_missing_number_lifts_a_ticket_to_high():
+    assert priority("invoice", [], None, needs_human("invoice", None, False)) == "high"
+    assert priority("invoice", [], None, needs_human("invoice", "K-4821", False)) == "low"
+    assert priority("question", [], None, needs_human("question", None, False)) == "low"
 
 
 # --- rule 3 ----------------------------------------------------------------------------------------------------------
