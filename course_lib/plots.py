@@ -135,7 +135,9 @@ def over_reference(ax, recipe: str, profile: str, curve: list[tuple[int, float]]
         control = [(int(r["step"]), float(r["loss"])) for r in own if r["control"]]
         ax.plot(*zip(*control, strict=True), color=BLACK, linestyle=":", label="control: learning rate 0")
         made = own[0]
-        ax.set_title(f"reference: profile {made['profile']}, {made['date']}, {made['dtype']}, trl {made['trl']}", fontsize=8)
+        ax.set_title(
+            f"reference: profile {made['profile']}, {made['date']}, {made['dtype']}, trl {made['trl']}", fontsize=8
+        )
     ax.plot(*zip(*curve, strict=True), color=BLUE, label="this run")
     ax.set(xlabel="step", ylabel="training loss", yscale="log")
     ax.legend()

@@ -141,7 +141,7 @@ def resolve(ticket: dict, received: str) -> dict:
 
 
 def with_checks(ticket: dict, text: str) -> dict:
-    """`ticket` after the desk's own checks: what a message cannot back is dropped, what house rules compute is computed.
+    """`ticket` after the desk's checks: what the message cannot back is dropped, what house rules compute is computed.
 
     A product or an order id has to stand in the message. The rare reasons of rule 4 that only the text holds are lost.
     """
