@@ -79,11 +79,11 @@ class Course:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, env=self.environment(**changes), cwd=self.folder, **pipes)
 
-    def run(self, *arguments, **options):
-        """(exit code, what was said), after making sure that no traceback was shown."""
+    def run(self, *arguments, limit=600, **options):
+        """(exit code, what was said), after making sure that no traceback was shown; limit: seconds."""
         process = self.start(*arguments, **options)
         try:
-            said = process.communicate(timeout=600)[0]
+            said = process.communicate(timeout=limit)[0]
         finally:
             process.kill()
         assert "Traceback" not in said, said
@@ -149,10 +149,11 @@ def test_no_network_at_first_use(course, tiny):
 
 @no_network
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute on an idle machine; no test asserts a time
 def test_lesson_01_needs_no_network_after_set_up(course):
     cache = str(models.fetch().parent)
-    options = {"COURSE_ROOT": None, "COURSE_CACHE": cache}
-    code, said = course.run("run", "01", "--profile", "ci", "--out", course.out, before=offline(), **options)
+    options = {"COURSE_ROOT": None, "COURSE_CACHE": cache, "limit": 1700, "before": offline()}
+    code, said = course.run("run", "01", "--profile", "ci", "--out", course.out, "--timeout", "28", **options)
     assert code == 0, said
     assert course.status() == {"01_decision_ladder": "passed"}
 
