@@ -289,7 +289,8 @@ assert model.dtype is torch.float32
 prompt = [{"role": "user", "content": "Hello"}]
 answers = evaluation.generate(model, tokenizer, [prompt, prompt], max_new_tokens=4)
 assert all(answer.tokens for answer in answers) and answers[0] == answers[1]
-s = SimpleNamespace(rank=2, alpha=4, batch_size=2, epochs=1, learning_rate=1e-3, schedule="cosine", warmup=0)
+settings = {"learning_rate": 1e-3, "schedule": "cosine", "warmup": 0, "beta2": 0.95}
+s = SimpleNamespace(rank=2, alpha=4, batch_size=2, epochs=1, **settings)
 row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "Hello to you"}]}
 trainer = recipes.sft_trainer(recipes.add_lora(model, s), tokenizer, [row] * 2, s, 0, max_steps=1, logging_steps=1)
 trainer.train()
