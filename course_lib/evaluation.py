@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from course_lib import hardware
+
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
@@ -116,8 +118,8 @@ def generate(
     transformers' `generate`, such as `do_sample=True, temperature=0.7`.
 
     Prompts are sorted by length and padded on the left; generation stops at the end of turn; what all prompts share is
-    read once; a PEFT adapter is merged meanwhile. `processors`: a function that makes a list of logits processors for a
-    batch of n sequences. Source of the equality tests: `tests/unit/test_evaluation.py`.
+    read once; a PEFT adapter is merged meanwhile. `processors`: a function that gets the places in
+    `prompts` of a batch's rows and makes the list of logits processors for that batch. Source of the equality tests: `tests/unit/test_evaluation.py`.
     """
     import torch
 
@@ -159,7 +161,7 @@ def generate(
                     for layer, known in zip(cache.layers, prefix.layers, strict=True):
                         layer.update(*(t.expand(len(picked), -1, -1, -1) for t in (known.keys, known.values)))
             if processors is not None:
-                extra["logits_processor"] = processors(len(picked))
+                extra["logits_processor"] = processors(picked)
             out = base.generate(
                 input_ids=torch.tensor(ids, device=base.device),
                 attention_mask=torch.tensor(mask, device=base.device),
@@ -177,6 +179,7 @@ def generate(
             progress.update(start + len(picked))
     progress.close()
     model.train(was_training)
+    hardware.give_back_memory()
     return answers
 
 
@@ -290,4 +293,5 @@ def completion_nll(model, tokenizer, pairs: Sequence[tuple[list[dict], str]], ba
                 target = torch.tensor(tail, device=logits.device)
                 found[i] = torch.nn.functional.cross_entropy(logits, target).item()
     model.train(was_training)
+    hardware.give_back_memory()
     return found

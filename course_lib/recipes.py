@@ -102,6 +102,7 @@ def _progress():
                 self.line.show(f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}  {ends}")
 
         def on_train_end(self, args, state, control, **kwargs):
+            hardware.give_back_memory()
             self.line.show(f"step {state.global_step}/{state.max_steps}  done")
 
     return Progress()

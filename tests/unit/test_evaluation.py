@@ -79,7 +79,7 @@ def forced(step_by_row, token=2):
                 scores[row, token] = math.inf if at == self.step else -math.inf
             return torch.nan_to_num(scores, posinf=1e9, neginf=-1e9)
 
-    return lambda n: [Force(n)]
+    return lambda batch: [Force(len(batch))]
 
 
 def test_end_token_ends_and_the_limit_cuts_off(tiny_model, tiny_tokenizer):
@@ -97,14 +97,16 @@ def test_end_token_ends_and_the_limit_cuts_off(tiny_model, tiny_tokenizer):
 def test_processors_are_made_for_each_batch(tiny_model, tiny_tokenizer):
     made = []
 
-    def processors(n):
-        made.append(n)
-        return forced([0] * n, token=tiny_tokenizer.convert_tokens_to_ids("Z"))(n)
+    def processors(batch):
+        made.append(batch)
+        return forced([0] * len(batch), token=tiny_tokenizer.convert_tokens_to_ids("Z"))(batch)
 
     answers = evaluation.generate(
         tiny_model(), tiny_tokenizer, prompts(), max_new_tokens=2, batch_size=4, processors=processors
     )
-    assert made == [4, 2]
+    assert [len(batch) for batch in made] == [4, 2] and sorted(sum(made, [])) == list(range(6))
+    lengths = [[answers[i].prompt_tokens for i in batch] for batch in made]
+    assert all(max(a) == a[0] for a in lengths)  # the places are those of the rows: longest first
     assert all(a.text.startswith("Z") and a.text != "ZZ" for a in answers)
 
 
