@@ -118,8 +118,9 @@ def generate(
     transformers' `generate`, such as `do_sample=True, temperature=0.7`.
 
     Prompts are sorted by length and padded on the left; generation stops at the end of turn; what all prompts share is
-    read once; a PEFT adapter is merged meanwhile. `processors`: a function that gets the places in
-    `prompts` of a batch's rows and makes the list of logits processors for that batch. Source of the equality tests: `tests/unit/test_evaluation.py`.
+    read once; a PEFT adapter is merged meanwhile. `processors`: a function that gets the places in `prompts` of one
+    batch and makes the list of logits processors for that batch. Source of the equality tests:
+    `tests/unit/test_evaluation.py`.
     """
     import torch
 

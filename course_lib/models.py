@@ -240,7 +240,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-_MOST_SCORES = 1 << 25  # held at once: 64 MB in bfloat16
+_MOST_SCORES = 1 << 22  # beyond four million scores at once, PyTorch's own kernel is as quick
 
 
 def _grouped(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -248,18 +248,18 @@ def _grouped(module, query, key, value, attention_mask, scaling, dropout=0.0, **
 
     query (batch, heads, queries, size), key and value (batch, key heads, keys, size). In bfloat16 PyTorch's CPU kernel
     takes a single query ten times as long as a matrix product in which the query heads that share a key head stand
-    together, and a fifth of a training step for its backward pass. The product holds all scores at once.
+    together, and a fifth of a training step for its backward pass. In float32 only the single query gains.
     """
+    import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     batch, heads, queries, size = query.shape
     groups, keys = key.shape[1:3]
-    if query.device.type != "cpu" or dropout or batch * heads * queries * keys > _MOST_SCORES:
+    short = queries == 1 or query.dtype != torch.float32 and batch * heads * queries * keys <= _MOST_SCORES
+    if query.device.type != "cpu" or dropout or not short:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    import torch
-
     scores = query.reshape(batch, groups, -1, size) @ key.transpose(2, 3) * scaling
     scores = scores.view(batch, heads, queries, keys)
     if attention_mask is not None:

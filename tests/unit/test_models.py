@@ -505,3 +505,35 @@ def test_the_base_ends_its_turn(tokenizer):
     assert config.eos_token_id == tokenizer.eos_token_id and config.pad_token_id == tokenizer.pad_token_id
     model = json.loads((models.base_path() / "config.json").read_text())
     assert "quantization_config" not in model and model["tie_word_embeddings"] is True
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("queries", [1, 7])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_courses_attention_equals_pytorchs(dtype, queries, padded):
+    """Outputs and gradients, with three query heads for each key head, and padding on either side of a row."""
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    torch.manual_seed(0)
+    module = types.SimpleNamespace(num_key_value_groups=3, is_causal=True, training=True)
+    dtype, keys = getattr(torch, dtype), 7
+    mask = None
+    if padded:
+        mask = torch.ones(keys, keys, dtype=torch.bool).tril()[-queries:].expand(2, 1, queries, keys).clone()
+        mask[0, :, :, :2] = False
+    parts = [(torch.randn(2, h, n, 8, dtype=dtype), h) for h, n in ((9, queries), (3, keys), (3, keys))]
+    found = []
+    for attention in (sdpa_attention_forward, models._grouped):
+        q, k, v = (part.clone().requires_grad_() for part, _ in parts)
+        out, _ = attention(module, q, k, v, mask, scaling=0.3)
+        seen = out if queries == 1 or not padded else out[:, 2:]  # padding tokens themselves may get anything
+        seen.float().square().sum().backward()
+        assert all(torch.isfinite(x.grad).all() for x in (q, k, v)) and torch.isfinite(out).all()
+        found.append([seen.detach(), q.grad[:, :, -1], k.grad[:, :, 2:], v.grad[:, :, 2:]])
+    close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
