@@ -86,10 +86,10 @@ def refresh(args):
 
 
 def reference(args):
-    from course_lib import profiles, reference
+    from course_lib import reference
 
-    for name in args.lessons or [lesson["id"] for lesson in profiles.lessons()]:
-        reference.run(profiles.lesson(name)["id"], args.seed)
+    for name in args.lessons or [None]:
+        reference.run(name, args.seed)
 
 
 def bench(args):
@@ -206,9 +206,9 @@ def doctor(args):
     path, damage = models.base_path(), models.damaged(thorough=True)
     state = damage or f"{_bytes(path) / 2**20:.0f} MB, verified"
     line("base model", f"{path}  {state}", "run: course fetch" if damage else None)
-    speed = hardware.speed() if hasattr(hardware, "speed") else None
-    where = "on this machine" if speed else "on the reference machine (two cores with AMX, idle)"
-    print(f"\nexpected minutes per lesson {where}; the default profile here is {profiles.choose('auto')}")
+    speed = hardware.speed()
+    where = f"as fast as this machine is now ({speed:.2f} of the reference machine)" if speed else "on a T4"
+    print(f"\nexpected minutes per lesson, {where}; the default profile here is {profiles.choose('auto')}")
     for lesson in profiles.lessons():
         minutes = {name: value / (speed or 1) for name, value in lesson.get("minutes", {}).items()}
         print(f"  {lesson['id']:<28}" + "  ".join(f"{name} {value:.3g}" for name, value in minutes.items()))

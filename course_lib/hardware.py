@@ -14,6 +14,9 @@ from course_lib import CourseError
 # them, training is a quarter faster. Both are read when a process starts: too late to set inside a running kernel.
 _KEEP_PAGES = 4 << 30
 
+# The machine on which the minutes in `course.toml` were taken, idle: two cores of an AMD EPYC with AVX512-BF16.
+_REFERENCE_GFLOPS = 350
+
 VERSIONED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "llguidance", "numpy")
 
 
@@ -110,6 +113,28 @@ def trainer_arguments() -> dict:
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def speed() -> float | None:
+    """How quick this machine is now beside the reference machine: 1 is as quick, 0.5 takes twice as long.
+
+    Measured on a matrix product of a training step, in `dtype()`, for a third of a second. None with a GPU: the minutes
+    of profile `t4` are for one kind of GPU.
+    """
+    import time
+
+    import torch
+
+    if device() != "cpu":
+        return None
+    tokens, size, wide = 680, 576, 1536
+    x, weight = torch.ones(tokens, size, dtype=dtype()), torch.ones(wide, size, dtype=dtype())
+    torch.nn.functional.linear(x, weight)
+    done, start = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - start) < 0.3:
+        torch.nn.functional.linear(x, weight)
+        done += 1
+    return done * 2 * tokens * size * wide / seconds / 1e9 / _REFERENCE_GFLOPS
 
 
 def cpu_name() -> str:

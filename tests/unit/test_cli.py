@@ -174,7 +174,8 @@ def test_commands_that_only_pass_on(root, stand_in, capsys):
     assert cli.main(["refresh", "1"]) == 0
     assert cli.main(["reference", "--seed", "2"]) == 0
     assert cli.main(["bench"]) == 0
-    assert calls == [(["01_ladder"], None), ("00_start_here", 2), ("01_ladder", 2)]
+    assert cli.main(["reference", "1"]) == 0
+    assert calls == [(["01_ladder"], None), (None, 2), ("1", None)]
 
 
 def test_lab_keeps_a_learners_files(root, stand_in, monkeypatch, capsys):
@@ -269,8 +270,8 @@ ABOUT = {"cpu": "Some CPU", "cores": 2, "features": "avx2 amx", "device": "cpu",
 GPU = {"gpu": "Tesla T4", "gpu_memory_gb": 15, "gpu_capability": "7.5", "gpu_real_bf16": False}
 
 
-def doctor(stand_in, cache, damage=None, about=ABOUT, **more):
-    stand_in("hardware", describe=lambda: about, **more)
+def doctor(stand_in, cache, damage=None, about=ABOUT, speed=1.0):
+    stand_in("hardware", describe=lambda: about, speed=lambda: speed)
     stand_in("models", cache_dir=lambda: cache, base_path=lambda: cache / "base", damaged=lambda thorough=False: damage)
     return cli.main(["doctor"])
 
@@ -298,9 +299,13 @@ def test_doctor(root, tmp_path, stand_in, capsys, monkeypatch):
         assert part in said
     assert said.rstrip().endswith("ready") and len(said.splitlines()) < 40
 
-    assert doctor(stand_in, tmp_path, about=ABOUT | GPU, speed=lambda: 0.5) == 0
+    assert doctor(stand_in, tmp_path, speed=0.5) == 0
     said = capsys.readouterr().out
-    assert "Tesla T4, 15 GB, capability 7.5: bf16 only emulated" in said and "cpu 12" in said
+    assert "0.50 of the reference machine" in said and "cpu 12" in said
+
+    assert doctor(stand_in, tmp_path, about=ABOUT | GPU, speed=None) == 0
+    said = capsys.readouterr().out
+    assert "Tesla T4, 15 GB, capability 7.5: bf16 only emulated" in said and "lesson, on a T4" in said
 
 
 def test_doctor_names_what_blocks(root, tmp_path, stand_in, capsys, monkeypatch):

@@ -154,3 +154,33 @@ def test_describe_and_versions_can_be_stored():
     assert about["cores"] >= 1 and about["ram_gb"] > 0 and (about["device"], about["dtype"]) == ("cpu", "bfloat16")
     assert {"python", "torch", "transformers", "trl", "peft"} <= set(versions)
     assert hardware.peak_rss_mb() > 10
+
+
+def test_speed_is_measured_and_means_nothing_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("COURSE_DEVICE", "cpu")
+    assert 0 < hardware.speed() < 1000
+    monkeypatch.setenv("COURSE_DEVICE", "cuda")
+    forget()
+    assert hardware.speed() is None
+
+
+MEMORY = """
+import psutil, torch
+from course_lib import hardware
+used = lambda: psutil.Process().memory_info().rss >> 20
+blocks = [torch.ones(1 << 16) for _ in range(2000)]  # 500 MB in pieces
+last = torch.ones(1 << 16)  # behind them: shortening the heap would not help
+start = used()
+del blocks
+kept = used()
+hardware.give_back_memory()
+print(start - kept, start - used())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_memory_that_was_kept_is_given_back():
+    environment = os.environ | hardware.kernel_environment()
+    done = subprocess.run([sys.executable, "-c", MEMORY], env=environment, capture_output=True, text=True, check=True)
+    kept, given = map(int, done.stdout.split())
+    assert kept < 100 and given > 300

@@ -92,7 +92,9 @@ def test_bands_hold_the_seeds_and_keep_out_the_control(name, metric):
     need(name)
     lesson, recorded = BANDED[name][metric]
     low, high = profiles.lesson(lesson)["bands"]["cpu"][recorded]
-    for (_, found), (value, _) in stored(name).items():
-        assert found != metric or low <= value <= high
+    values = [value for (_, found), (value, _) in stored(name).items() if found == metric]
+    assert len(values) == len(reference.SEEDS) and all(low <= value <= high for value in values)
+    formula = reference.band(values, profiles.lesson(lesson)["sizes"]["cpu"]["tickets"])
+    assert low > formula[0] - 0.01 and high < formula[1] + 0.01  # never wider than the formula says
     controls = [value for (_, found), (value, _) in stored(name, control=reference.CONTROL).items() if found == metric]
     assert controls and not any(low <= value <= high for value in controls)
