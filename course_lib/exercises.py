@@ -163,3 +163,85 @@ def _where_the_rule_stops(answer):
     }
     name = str(answer).strip().lower()
     return name == "larger_model", messages.get(name, f"{answer!r} is not in the table.")
+
+
+# --- lesson 03 -------------------------------------------------------------------------------------------------------
+
+
+@register("03.1", "Write labels_of(ids, prompt_length, length): -100 for the prompt and the padding, the ids between.")
+def _labels_of_a_row(answer):
+    end = 2
+    rows = (  # ids, tokens of the prompt, tokens without padding
+        ([5, 6, 7, 8, 9, end, end, end], 3, 6),
+        ([5, end, 7, 8, end], 2, 5),  # an end token in the prompt, no padding
+        ([4, 5, 8, end, end, end, end], 1, 4),
+    )
+    for ids, prompt_length, length in rows:
+        given = answer(list(ids), prompt_length, length)
+        given = [int(x) for x in given]  # a tensor or an array will do
+        wanted = [i if prompt_length <= t < length else -100 for t, i in enumerate(ids)]
+        if given == wanted:
+            continue
+        if given == wanted[1:] + [-100] or given == wanted[1:]:
+            return False, "that is shifted by one already: the loss does the shift, the labels stand where the ids are."
+        if len(given) != len(ids):
+            return False, f"a row of {len(ids)} ids needs {len(ids)} labels, not {len(given)}."
+        if given[length - 1] == -100:
+            return False, "the end of the answer is hidden: a model trained so does not learn to stop."
+        if any(x != -100 for x in given[length:]):
+            return False, "padding is judged: the model would learn to write end tokens for ever."
+        if any(x != -100 for x in given[:prompt_length]):
+            return False, "the prompt is judged: only the answer should be."
+        return False, f"for {ids} with a prompt of {prompt_length} and {length} real tokens: {wanted}."
+    return True, "the prompt is read, the answer and its end are judged, padding is neither."
+
+
+@register("03.2", "Give the loss of the batch of four rows as a number.")
+def _loss_of_four_rows(answer):
+    value = float(answer)
+    if abs(value - 0.725) < 0.005:
+        return False, "that is the mean of the four means: it gives a row of ten tokens as much weight as one of sixty."
+    if abs(value - 44.0) < 0.5:
+        return False, "that is the sum over all tokens: divide by how many there are."
+    if abs(value - 2.9) < 0.05:
+        return False, "that is the sum of the means."
+    return abs(value - 0.44) < 0.0051, "every judged token counts once." if abs(value - 0.44) < 0.0051 else ""
+
+
+@register("03.3", 'Give two steps: "ends", after which training ends, and "kept", whose weights are kept.')
+def _early_stop(answer):
+    wanted = {"ends": 400, "kept": 400}
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    slips = {
+        ("ends", 8): "these are evaluations: give steps.",
+        ("kept", 8): "these are evaluations: give steps.",
+        ("ends", 300): "the counter starts again when an evaluation beats the best by more than the threshold.",
+        ("ends", 350): "patience is 3: the third evaluation in a row that is not better by enough ends it.",
+        ("ends", 450): "without the threshold every one of them is an improvement; with it, most are not.",
+        ("kept", 250): "the lowest loss so far is kept, even if it was lower by less than the threshold.",
+        ("kept", 450): "that evaluation is never made.",
+    }
+    wrong = [f"{n}: {slips.get((n, answer[n]), 'count again.')}" for n in wanted if answer[n] != wanted[n]]
+    return not wrong, " ".join(wrong) or "it ended one evaluation before the loss fell further: patience is a bet."
+
+
+@register("03.4", "Give one diagnosis for each of the four runs.")
+def _read_the_curves(answer):
+    wanted = {"a": "weights frozen", "b": "rate too high", "c": "too many epochs", "d": "healthy"}
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    given = {name: " ".join(str(word).lower().split()) for name, word in answer.items()}
+    hints = {
+        "a": "is the held-out loss only nearly the same, or the same?",
+        "b": "what happened between the first and the second number?",
+        "c": "compare the last two numbers of both losses.",
+        "d": "do both losses fall, and do they stay together?",
+    }
+    unknown = [word for word in given.values() if word not in wanted.values()]
+    if unknown:
+        return False, f"{unknown[0]!r} is none of the four: {', '.join(wanted.values())}."
+    wrong = [f"{name} ({hints[name]})" for name in wanted if given[name] != wanted[name]]
+    return not wrong, "look again at " + "; ".join(wrong) + "." if wrong else "two losses and a norm tell most of it."
