@@ -1,12 +1,16 @@
 """Named training recipes, and `adapter(name)`: from the user's cache, or trained there with progress.
 
 Settings stand in `notebooks/course.toml` under `[recipes.NAME]`. The lesson that introduces a recipe trains it in view
-with the functions below; later lessons call `adapter`.
+with the functions below; later lessons call `adapter`, or `load` for the model itself.
+
+A recipe's `method` is `lora` (where it says none), `dora`, or `full`: all weights, no adapter. Its `rehearsal` is the
+share of general examples among all its examples.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -18,6 +22,8 @@ from types import SimpleNamespace
 
 from course_lib import CourseError, hardware, models, profiles, tickets
 
+METHODS = ("lora", "dora", "full")
+
 
 def settings(name: str, profile: str) -> SimpleNamespace:
     """The settings of a recipe in a profile: what all profiles share, then what this one changes."""
@@ -26,7 +32,15 @@ def settings(name: str, profile: str) -> SimpleNamespace:
         raise CourseError(f"no recipe {name!r}. The recipes are {', '.join(known)}.")
     table = {key: value for key, value in known[name].items() if not isinstance(value, dict)}
     per_profile = known[name].get("sizes", {})
-    return SimpleNamespace(**table | per_profile.get("cpu", {}) | per_profile.get(profile, {}))
+    found = SimpleNamespace(**table | per_profile.get("cpu", {}) | per_profile.get(profile, {}))
+    if method(found) not in METHODS:
+        raise CourseError(f"recipe {name} has method {found.method!r}: choose one of {', '.join(METHODS)}.")
+    return found
+
+
+def method(s: SimpleNamespace) -> str:
+    """`lora`, `dora` or `full`."""
+    return getattr(s, "method", "lora")
 
 
 def examples(records: list[dict]) -> list[dict]:
@@ -40,8 +54,30 @@ def examples(records: list[dict]) -> list[dict]:
     ]
 
 
+def rehearsal(n: int) -> list[dict]:
+    """`n` general examples (`data/general/rehearsal.jsonl`) in the same form; from the first again where they end."""
+    records = [json.loads(line) for line in _rehearsal_path().read_text(encoding="utf-8").splitlines()]
+    return [
+        {
+            "prompt": [{"role": "user", "content": record["prompt"]}],
+            "completion": [{"role": "assistant", "content": record["response"]}],
+        }
+        for record in itertools.islice(itertools.cycle(records), n)
+    ]
+
+
+def _rehearsal_path() -> Path:
+    return tickets.DATA / "general" / "rehearsal.jsonl"
+
+
+def training_rows(s: SimpleNamespace) -> list[dict]:
+    """The examples of a recipe: its tickets, and as many general ones as make up its share of rehearsal."""
+    rows, share = examples(tickets.load("train", s.train)), getattr(s, "rehearsal", 0)
+    return rows + rehearsal(round(len(rows) * share / (1 - share))) if share else rows
+
+
 def add_lora(model, s: SimpleNamespace):
-    """`model` with a fresh LoRA adapter on all linear layers (the output layer excepted).
+    """`model` with a fresh LoRA (or DoRA) adapter on all linear layers (the output layer excepted).
 
     The adapter is kept in the base's dtype on a CPU, where mixed dtypes cost a fifth of the speed; in float32 on CUDA
     below capability 8, whose float16 gradients need it.
@@ -49,7 +85,12 @@ def add_lora(model, s: SimpleNamespace):
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=s.rank, lora_alpha=s.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=s.rank,
+        lora_alpha=s.alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        use_dora=method(s) == "dora",
     )
     return get_peft_model(model, config, autocast_adapter_dtype=hardware.device() != "cpu")
 
@@ -78,7 +119,10 @@ def sft_trainer(model, tokenizer, rows: list[dict], s: SimpleNamespace, seed: in
         "save_strategy": "no",
         "seed": seed,
     }
-    config = SFTConfig(**arguments | hardware.trainer_arguments() | changes)
+    fitting = hardware.trainer_arguments()
+    if method(s) == "full":  # the weights are float32: the multiplications may still be in bfloat16
+        fitting["bf16"] = str(hardware.dtype()) == "torch.bfloat16"
+    config = SFTConfig(**arguments | fitting | changes)
     trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_progress())
@@ -151,6 +195,8 @@ def key(name: str, profile: str, seed: int) -> str:
         "dtype": str(hardware.dtype()),
         "seed": seed,
     }
+    if getattr(settings(name, profile), "rehearsal", 0):
+        parts["rehearsal"] = models.sha256(_rehearsal_path())
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -160,7 +206,8 @@ def cached(name: str, profile: str, seed: int = 0) -> Path:
 
 
 def save(model, folder: Path, about: dict | None = None) -> Path:
-    """Save the adapter in PEFT's own format, under a temporary name first. The base is named, not its path."""
+    """Save what was trained, under a temporary name first: an adapter in PEFT's own format, its base named without a
+    path; a model without an adapter as transformers saves it."""
     from safetensors import SafetensorError
 
     folder = Path(folder)
@@ -168,9 +215,10 @@ def save(model, folder: Path, about: dict | None = None) -> Path:
     work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
         model.save_pretrained(work, safe_serialization=True)
-        config = json.loads((work / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = models.BASE_NAME
-        (work / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
+        if (work / "adapter_config.json").exists():
+            config = json.loads((work / "adapter_config.json").read_text())
+            config["base_model_name_or_path"] = models.BASE_NAME
+            (work / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
         (work / "README.md").unlink(missing_ok=True)  # a card with empty fields says less than none
         if about:
             (work / "training.json").write_text(json.dumps(about, indent=1))
@@ -179,7 +227,7 @@ def save(model, folder: Path, about: dict | None = None) -> Path:
         work.rename(folder)
     except (OSError, SafetensorError) as error:  # a full disk is the latter, in safetensors
         raise models.ModelError(
-            f"cannot save the adapter to {folder} ({getattr(error, 'strerror', None) or error}). "
+            f"cannot save the trained weights to {folder} ({getattr(error, 'strerror', None) or error}). "
             "Free some space, or set COURSE_OUT and COURSE_CACHE to folders on another disk."
         ) from error
     finally:
@@ -188,25 +236,61 @@ def save(model, folder: Path, about: dict | None = None) -> Path:
 
 
 def keep(model, name: str, profile: str, seed: int, about: dict | None = None) -> Path:
-    """Save a freshly trained adapter into the cache, for the lessons that come later."""
+    """Save freshly trained weights into the cache, for the lessons that come later."""
     return save(model, cached(name, profile, seed), about)
 
 
 def adapter(name: str, profile: str = "auto", seed: int = 0) -> Path:
-    """The folder of a trained adapter: from the cache, or trained now, with progress."""
+    """The folder of what a recipe trained: from the cache, or trained now, with progress.
+
+    An adapter is loaded by `models.load(adapter=folder)`, a fully tuned model by `models.load(folder)`; `load` knows.
+    """
     profile = profiles.choose(profile)
     folder = cached(name, profile, seed)
-    if (folder / "adapter_model.safetensors").exists():
+    if any((folder / file).exists() for file in ("adapter_model.safetensors", "model.safetensors")):
         return folder
     print(f"Recipe {name} is not in the cache for profile {profile}, seed {seed}: it is trained now.")
     model, trainer = prepare(name, profile, seed)
     trainer.train()
-    return keep(model, name, profile, seed, {"losses": losses(trainer)})
+    return keep(for_use(model), name, profile, seed, {"losses": losses(trainer)})
+
+
+def load(name: str, profile: str = "auto", seed: int = 0):
+    """The model that a recipe trained, ready to be asked: the base with its adapter on top, or all weights its own."""
+    profile = profiles.choose(profile)
+    folder = adapter(name, profile, seed)
+    full = method(settings(name, profile)) == "full"
+    return models.load(folder) if full else models.load(adapter=folder)
 
 
 def prepare(name: str, profile: str, seed: int = 0, **changes):
-    """(model with a fresh adapter, trainer) of a recipe, ready for `trainer.train()`."""
-    s = settings(name, profile)
+    """(model, trainer) of a recipe, ready for `trainer.train()`: the base with a fresh adapter, or as a whole."""
+    return prepare_with(settings(name, profile), seed, **changes)
+
+
+def prepare_with(s: SimpleNamespace, seed: int = 0, **changes):
+    """`prepare` for settings that stand in no recipe: a copy with a change, as sweeps need it."""
+    import torch
+
     profiles.set_seeds(seed)
-    model, tokenizer = add_lora(models.load(), s), models.load_tokenizer()
-    return model, sft_trainer(model, tokenizer, examples(tickets.load("train", s.train)), s, seed, **changes)
+    # A step of 1e-4 is lost in bfloat16, which has three digits: all weights are trained in float32.
+    model = models.load(dtype=torch.float32) if method(s) == "full" else add_lora(models.load(), s)
+    return model, sft_trainer(model, models.load_tokenizer(), training_rows(s), s, seed, **changes)
+
+
+def for_use(model):
+    """A model as it is used after training, in eval mode: a fully tuned one in the hardware's dtype and without the
+    trainer's mixed precision around it; an adapter stays as it is.
+
+    Parameters alone are rounded: `model.to(dtype)` would round the rotary frequencies too, which `models.load` keeps.
+    """
+    if hasattr(model, "peft_config"):
+        return model.eval()
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(hardware.dtype())
+        parameter.grad = None
+    model.config.use_cache = True  # the trainer switches it off
+    return model.eval()

@@ -66,6 +66,39 @@ def test_examples_ask_for_the_customers_words_for_the_date():
     assert tickets.exact(RECORD["ticket"], tickets.resolve(parsed.ticket, RECORD["received"]))
 
 
+def test_a_method_that_does_not_exist_is_refused(place):
+    place["other"]["method"] = "lroa"
+    with pytest.raises(CourseError, match="lroa.*lora, dora, full"):
+        recipes.settings("other", "ci")
+
+
+def rehearse(monkeypatch, n=3):
+    folder = tickets.DATA / "general"
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps({"prompt": f"q{i}", "response": f"a{i}"}) for i in range(n)]
+    (folder / "rehearsal.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(tickets, "load", lambda split, n: [RECORD] * n)
+
+
+@pytest.mark.parametrize(("share", "general"), [(0, 0), (0.05, 1), (0.2, 5), (0.5, 19)])
+def test_rehearsal_is_a_share_of_all_examples_and_starts_again(monkeypatch, share, general):
+    rehearse(monkeypatch)
+    rows = recipes.training_rows(types.SimpleNamespace(train=19, rehearsal=share))
+    assert len(rows) == 19 + general
+    asked = [row["prompt"][-1]["content"] for row in rows[19:]]
+    assert asked == [f"q{i % 3}" for i in range(general)]
+    assert rows[:19] == recipes.training_rows(types.SimpleNamespace(train=19))
+
+
+def test_the_key_holds_the_rehearsal_data_where_there_is_rehearsal(place, monkeypatch):
+    place["other"] |= {"rehearsal": 0.05}
+    rehearse(monkeypatch, 3)
+    before = [recipes.key(name, "ci", 0) for name in ("ticket_lora", "other")]
+    rehearse(monkeypatch, 4)
+    after = [recipes.key(name, "ci", 0) for name in ("ticket_lora", "other")]
+    assert before[0] == after[0] and before[1] != after[1]
+
+
 # --- the key ---------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +178,23 @@ def test_a_saved_adapter_loads_with_plain_peft(tiny_model, tiny_lora, tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["a b"]
 
 
+def test_a_fully_tuned_model_is_saved_and_loaded_as_a_whole(place, tiny_model, monkeypatch):
+    import torch
+
+    place["other"]["method"] = "full"
+    monkeypatch.setattr(hardware, "dtype", lambda: torch.bfloat16)
+    model = tiny_model()
+    model.model.rotary_emb.inv_freq += 0.001  # not a bfloat16 number
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    folder = recipes.keep(recipes.for_use(model), "other", "ci", 0, {"losses": []})
+    assert model.dtype == torch.bfloat16 and torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "training.json"}
+    assert recipes.adapter("other", "ci") == folder
+    loaded = recipes.load("other", "ci")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
 def test_saving_again_replaces(tiny_lora, tmp_path):
     folder = recipes.save(tiny_lora(), tmp_path / "a", {"losses": []})
     (folder / "left over").write_text("x")
@@ -191,6 +241,37 @@ def test_adapter_trains_once(tiny_lora, monkeypatch, capsys):
     assert recipes.adapter("ticket_lora", "ci") == folder == recipes.cached("ticket_lora", "ci", 0)
     assert trained == [("ticket_lora", "ci", 0)] and capsys.readouterr().out == ""
     assert recipes.adapter("ticket_lora", "ci", seed=1) != folder and len(trained) == 2
+
+
+def test_dora_is_lora_with_a_magnitude(tiny_model):
+    names = {}
+    for method in ("lora", "dora"):
+        s = types.SimpleNamespace(**SETTINGS, method=method)
+        names[method] = {n for n, p in recipes.add_lora(tiny_model(), s).named_parameters() if p.requires_grad}
+    assert names["lora"] < names["dora"]
+    assert all("lora_magnitude_vector" in name for name in names["dora"] - names["lora"])
+
+
+def test_full_training_moves_float32_weights_and_gives_the_hardwares_dtype_back(
+    place, tiny_model, tiny_tokenizer, monkeypatch
+):
+    import torch
+
+    place["other"] |= {"method": "full", "epochs": 1, "train": 4}
+    monkeypatch.setattr(hardware, "device", lambda: "cpu")
+    monkeypatch.setattr(hardware, "dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(models, "load", lambda dtype: tiny_model(dtype=dtype))
+    monkeypatch.setattr(models, "load_tokenizer", lambda: tiny_tokenizer)
+    monkeypatch.setattr(tickets, "load", lambda split, n: [RECORD] * n)
+    model, trainer = recipes.prepare("other", "ci", max_steps=2, logging_steps=1)
+    assert trainer.args.bf16 and {p.dtype for p in model.parameters()} == {torch.float32}
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer.train()
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert all(moved)
+    used = recipes.for_use(model)
+    assert used is model and used.dtype == torch.bfloat16 and not used.training
+    assert used(torch.arange(3, 9)[None]).logits.dtype == torch.bfloat16  # no mixed precision is left around it
 
 
 def test_the_trainer_learns_and_takes_the_end_token_into_the_loss(tiny_model, tiny_tokenizer, monkeypatch):
