@@ -94,7 +94,9 @@ def add_lora(model, s: SimpleNamespace):
     )
     model = get_peft_model(model, config, autocast_adapter_dtype=hardware.device() != "cpu")
     for name, parameter in model.named_parameters():
-        if "lora_magnitude_vector" in name:  # near 4.5, where bfloat16 has a step of 0.03: Adam's of 0.002 is lost in it
+        if (
+            "lora_magnitude_vector" in name
+        ):  # near 4.5, where bfloat16 has a step of 0.03: Adam's of 0.002 is lost in it
             parameter.data = parameter.data.float()
     return model
 

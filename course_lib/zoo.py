@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from course_lib import models, profiles, recipes, tickets
+from course_lib import models, profiles, tickets
 
 STEPS, BATCH, HELD_OUT = 30, 4, 16
 CENTRE = {"method": "lora", "rank": 16, "alpha": 32, "targets": "all-linear", "learning_rate": 2e-3}
@@ -137,7 +137,9 @@ def held_out_nll(model, tokenizer, records: list[dict]) -> np.ndarray:
         labels = data.pop("labels")
         with torch.no_grad():
             logits = model(**data, use_cache=False).logits[:, -labels.shape[1] :]  # after the virtual tokens, if any
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none"
+        )
         found += (loss.sum(1) / (labels[:, 1:] != -100).sum(1)).tolist()
     model.train(was_training)
     return np.array(found)
