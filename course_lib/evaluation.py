@@ -258,14 +258,28 @@ def completion_nll(model, tokenizer, pairs: Sequence[tuple[list[dict], str]], ba
 
     pairs: (messages, completion). Perplexity is `exp` of it.
     """
-    import torch
-
     rows = []
     for prompt, completion in pairs:
         head = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         head = tokenizer(head, add_special_tokens=False)["input_ids"]
         tail = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         rows.append((head, tail))
+    return _nll(model, tokenizer, rows, batch_size)
+
+
+def text_nll(model, tokenizer, texts: Sequence[str], batch_size: int = 16) -> np.ndarray:
+    """Mean negative log-likelihood per token (nats) of each plain text, without a chat around it; its first token is
+    given."""
+    rows = [(ids[:1], ids[1:]) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    if short := [text for text, (_, tail) in zip(texts, rows, strict=True) if not tail]:
+        raise ValueError(f"a text of fewer than two tokens has no loss: {short[0]!r}")
+    return _nll(model, tokenizer, rows, batch_size)
+
+
+def _nll(model, tokenizer, rows: list[tuple[list[int], list[int]]], batch_size: int) -> np.ndarray:
+    """Mean loss on the second part of each row of (given, judged) tokens."""
+    import torch
+
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
     found = np.zeros(len(rows))
     was_training = model.training
