@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from course_lib import models, profiles, tickets
+from course_lib import models, profiles, recipes, tickets, training
 
-STEPS, BATCH, HELD_OUT = 30, 4, 16
+STEPS, EARLY = 30, 4  # of a whole run; how far profile `cpu` goes
+BATCH, HELD_OUT = 4, 16
 CENTRE = {"method": "lora", "rank": 16, "alpha": 32, "targets": "all-linear", "learning_rate": 2e-3}
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
@@ -105,26 +106,6 @@ def adapt(model, s: SimpleNamespace, steps: int = STEPS):
     return bottleneck(model) if s.method == "bottleneck" else get_peft_model(model, config(s, steps))
 
 
-def batch(tokenizer, records: list[dict], device) -> dict:
-    """Tickets as input ids, mask and labels (rows padded on the right); the loss counts the record and the end."""
-    import torch
-
-    rows = []
-    for record in records:
-        prompt = tokenizer.apply_chat_template(tickets.messages(record), tokenize=False, add_generation_prompt=True)
-        answer = tickets.to_json(tickets.in_words(record)) + tokenizer.eos_token
-        rows.append([tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer)])
-    shape = len(rows), max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids, labels = torch.full(shape, tokenizer.pad_token_id), torch.full(shape, -100)
-    mask = torch.zeros(shape, dtype=torch.long)
-    for i, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids[i, :end] = torch.tensor(prompt + answer)
-        labels[i, len(prompt) : end] = torch.tensor(answer)
-        mask[i, :end] = 1
-    return {name: t.to(device) for name, t in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
-
-
 def held_out_nll(model, tokenizer, records: list[dict]) -> np.ndarray:
     """Mean negative log-likelihood per token (nats) of each right record. Through the adapter's own forward pass:
     prompts and prefixes live there, and nowhere in the weights."""
@@ -133,14 +114,15 @@ def held_out_nll(model, tokenizer, records: list[dict]) -> np.ndarray:
     was_training, found = model.training, []
     model.eval()
     for start in range(0, len(records), 8):
-        data = batch(tokenizer, records[start : start + 8], model.device)
+        pairs = training.encode(tokenizer, recipes.examples(records[start : start + 8]))
+        data = {key: t.to(model.device) for key, t in training.collate(pairs, tokenizer.pad_token_id).items()}
         labels = data.pop("labels")
         with torch.no_grad():
             logits = model(**data, use_cache=False).logits[:, -labels.shape[1] :]  # after the virtual tokens, if any
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none"
         )
-        found += (loss.sum(1) / (labels[:, 1:] != -100).sum(1)).tolist()
+        found += (loss.sum(1) / (labels[:, 1:] != training.IGNORED).sum(1)).tolist()
     model.train(was_training)
     return np.array(found)
 
@@ -156,11 +138,11 @@ def short_run(name: str, seed: int = 0, steps: int = STEPS, measure_at: tuple[in
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=s.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    order = np.random.default_rng(seed).permutation(len(tickets.load("train")))
-    train, dev, nll = tickets.load("train"), tickets.load("dev", held_out), {}
-    for step in range(1, steps + 1):
-        picked = [train[i] for i in order[(step - 1) * BATCH : step * BATCH]]
-        model(**batch(tokenizer, picked, model.device), use_cache=False).loss.backward()
+    dev, nll = tickets.load("dev", held_out), {}
+    rows = recipes.examples(tickets.load("train", STEPS * BATCH))  # all of them, so that a short run sees the same
+    for step, batch in enumerate(training.batches(tokenizer, rows, BATCH, steps, seed), 1):
+        batch = {key: t.to(model.device) for key, t in batch.items()}
+        model(**batch, use_cache=False).loss.backward()  # the model's own loss: AdaLoRA adds a term to it
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         if s.method == "adalora":
