@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from course_lib import hardware
 
 IGNORED = -100  # the label that cross-entropy skips
@@ -154,7 +156,13 @@ def kl_penalty(reference, weight: float):
     return penalty
 
 
+def cosine(steps: int, warmup: float = 0.05):
+    """Factor on the learning rate by step: up in a line, down in half a cosine. `warmup` is a share of all steps."""
+    up = round(warmup * steps)
+    return lambda step: step / up if step < up else (1 + math.cos(math.pi * (step - up) / max(1, steps - up))) / 2
+
+
 def wsd(steps: int, warmup: float = 0.05, decay: float = 0.2):
-    """Warm-up, stable, decay: the schedule whose end need not be known at the start. Shares of all steps."""
-    up, down = max(1, round(warmup * steps)), max(1, round(decay * steps))
-    return lambda step: min(1.0, (step + 1) / up, (steps - step) / down)
+    """Warm-up, stable, decay: up in a line, flat, down in a line at the very end. Shares of all steps."""
+    up, down = round(warmup * steps), round(decay * steps)
+    return lambda step: min(1.0, step / max(1, up), (steps - step) / max(1, down))

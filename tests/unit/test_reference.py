@@ -39,7 +39,7 @@ def test_a_piece_replaces_itself_and_nothing_else(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["r_metrics.csv"]
 
 
-def test_stored_pieces_are_not_measured_again(tmp_path, monkeypatch, capsys):
+def test_stored_pieces_are_not_measured_again(tmp_path, monkeypatch, capsys, lesson="01"):
     monkeypatch.setattr(reference, "FOLDER", tmp_path)
     measured = []
 
@@ -48,12 +48,54 @@ def test_stored_pieces_are_not_measured_again(tmp_path, monkeypatch, capsys):
         common = {"profile": profile, "seed": seed, "control": control}
         reference._replace(name, "metrics", common, [common | {"metric": "m", "value": "1", "key": key}])
 
+    def swept(name, seed, knob, setting, key):
+        measured.append((knob, setting))
+        common = {"profile": "cpu", "seed": seed, "control": "", "knob": knob, "piece": setting}
+        reference._replace(name, "sweeps", common, [common | {"metric": "m", "value": "1", "key": key}])
+
     monkeypatch.setattr(reference, "_piece", piece)
-    reference.run("01", 0)
+    monkeypatch.setattr(reference, "_sweep_piece", swept)
+    reference.run(lesson, 0)
     first = list(measured)
-    reference.run("01", 0)
+    reference.run(lesson, 0)
     assert measured == first and (("cpu", 0, reference.CONTROL) in first)
     assert "stored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_sweeps_are_measured_once_for_each_setting(name, tmp_path, monkeypatch, capsys):
+    home = next(table["id"] for table in profiles.lessons() if name in table.get("introduces", []))
+    test_stored_pieces_are_not_measured_again(tmp_path, monkeypatch, capsys, home)
+    wanted = {k: [str(v) for v in values] for k, values in profiles.index()["recipes"][name].get("sweeps", {}).items()}
+    found = {}
+    for row in reference.read(name, "sweeps"):
+        found.setdefault(row["knob"], []).append(row["piece"])
+    assert {k: sorted(v) for k, v in found.items()} == {k: sorted(v) for k, v in wanted.items()}
+
+
+def test_a_setting_is_trained_and_measured(tmp_path, monkeypatch):
+    """The plumbing of a sweep: which model is measured for which setting, and what is written down."""
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(reference, "FOLDER", tmp_path)
+    s, trained = SimpleNamespace(learning_rate=1e-4, method="full"), []
+    trainer = SimpleNamespace(train=lambda: trained.append("trainer"))
+    monkeypatch.setattr(recipes, "settings", lambda name, profile: s)
+    monkeypatch.setattr(recipes, "load", lambda name, profile, seed: "the recipe")
+    monkeypatch.setattr(recipes, "for_use", lambda model: model)
+    monkeypatch.setattr(recipes, "prepare_with", lambda s, seed: (f"lr {s.learning_rate}", trainer))
+    monkeypatch.setattr(reference, "_by_hand", lambda s, seed, name, rate, penalty=None: f"{name} at {rate}")
+    estimate = reference.evaluation.Estimate(0.5, 0.4, 0.6, 9)
+    measured = []
+    monkeypatch.setattr(reference, "swept_metrics", lambda model, generate: measured.append(model) or {"m": estimate})
+    for knob, setting in (("learning_rate", 1e-4), ("learning_rate", 3e-4), ("optimizer", "muon 2e-4")):
+        reference._sweep_piece("r", 0, knob, setting, "the key")
+    assert measured == ["the recipe", "lr 0.0003", "muon at 0.0002"] and trained == ["trainer"]
+    rows = reference.read("r", "sweeps")
+    assert [(r["setting"], r["value"], r["low"], r["n"]) for r in rows if r["metric"] == "m"] == [
+        ("0.0001", "0.5000", "0.4000", "9"), ("0.0003", "0.5000", "0.4000", "9"), ("muon 2e-4", "0.5000", "0.4000", "9")
+    ]  # fmt: skip
+    assert all(row["key"] == "the key" and row["torch"] for row in rows)
 
 
 def test_a_lesson_without_a_recipe_has_no_reference():
@@ -69,9 +111,11 @@ def need(name, profile="cpu"):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("kind", ["curves", "metrics"])
+@pytest.mark.parametrize("kind", ["curves", "metrics", "sweeps"])
 def test_every_stored_row_says_where_it_comes_from(name, kind):
     need(name)
+    if kind == "sweeps" and not reference.path(name, kind).exists():
+        pytest.skip(f"no sweep of {name} is stored")
     with open(reference.path(name, kind), newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows

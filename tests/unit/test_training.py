@@ -78,8 +78,17 @@ def test_the_penalty_is_nought_at_the_reference_and_grows_away_from_it(tiny_mode
     assert one > 0 and math.isclose(two, 2 * one, rel_tol=1e-5)
 
 
-def test_wsd_goes_up_stays_and_goes_down():
-    factor = training.wsd(100, warmup=0.1, decay=0.2)
-    values = [factor(step) for step in range(100)]
-    assert values[0] == 0.1 and values[9:80] == [1.0] * 71 and values[-1] == 1 / 20
-    assert all(a >= b for a, b in zip(values[80:], values[81:], strict=False))
+@pytest.mark.parametrize("name", ["cosine", "warmup_stable_decay"])
+def test_schedules_are_those_of_transformers(name):
+    import torch
+    from transformers import get_scheduler
+
+    steps, up, down = 100, 5, 20
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    extra = {"scheduler_specific_kwargs": {"num_decay_steps": down, "decay_type": "linear"}} if name[0] == "w" else {}
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=up, num_training_steps=steps, **extra)
+    factor = training.cosine(steps) if name == "cosine" else training.wsd(steps)
+    for step in range(steps):
+        assert math.isclose(scheduler.get_last_lr()[0], factor(step), abs_tol=1e-9), step
+        optimizer.step()
+        scheduler.step()
