@@ -11,7 +11,7 @@ import numpy as np
 
 from course_lib import models, profiles, recipes, tickets, training
 
-STEPS, EARLY = 30, 4  # of a whole run; how far profile `cpu` goes
+STEPS, EARLY = 30, 3  # of a whole run; how far profile `cpu` goes
 BATCH, HELD_OUT = 4, 16
 CENTRE = {"method": "lora", "rank": 16, "alpha": 32, "targets": "all-linear", "learning_rate": 2e-3}
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
