@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from course_lib import models, profiles, recipes, tickets, training
+from course_lib import hardware, models, profiles, recipes, tickets, training
 
 STEPS, EARLY = 30, 3  # of a whole run; how far profile `cpu` goes
 BATCH, HELD_OUT = 4, 16
@@ -134,7 +134,8 @@ def short_run(name: str, seed: int = 0, steps: int = STEPS, measure_at: tuple[in
 
     s, tokenizer = settings(name), models.load_tokenizer()
     profiles.set_seeds(seed)
-    model = adapt(models.load(), s)
+    # Without a trainer nothing scales the loss, as gradients in float16 would need it: on a GPU, float32.
+    model = adapt(models.load(dtype=torch.float32 if hardware.device() == "cuda" else None), s)
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=s.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)

@@ -56,7 +56,7 @@ def test_only_what_is_added_is_trained(tiny_model, settings, method):
 @pytest.mark.parametrize("method", FIRST)
 def test_a_short_run_moves_the_loss_of_every_method(tiny_model, tiny_tokenizer, settings, monkeypatch, method):
     """Also of prompts and prefixes, which live in no weight: the loss is taken through them."""
-    monkeypatch.setattr(models, "load", tiny_model)
+    monkeypatch.setattr(models, "load", lambda dtype=None: tiny_model())
     monkeypatch.setattr(models, "load_tokenizer", lambda: tiny_tokenizer)
     monkeypatch.setattr(tickets, "load", lambda split, n: [RECORD] * min(n, 8))
     found = zoo.short_run(FIRST[method], steps=2, measure_at=(1, 2), held_out=2)
