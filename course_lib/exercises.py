@@ -1,6 +1,7 @@
 """Exercises: ``check("04.2", answer)`` tells at once whether an answer is right, and never stops a run."""
 
 import inspect
+import math
 import textwrap
 
 CHECKS = {}  # exercise -> (what is expected, function of the answer)
@@ -245,3 +246,100 @@ def _read_the_curves(answer):
         return False, f"{unknown[0]!r} is none of the four: {', '.join(wanted.values())}."
     wrong = [f"{name} ({hints[name]})" for name in wanted if given[name] != wanted[name]]
     return not wrong, "look again at " + "; ".join(wrong) + "." if wrong else "two losses and a norm tell most of it."
+
+
+# --- lesson 04 -------------------------------------------------------------------------------------------------------
+
+
+@register("04.1", "Write adapter_parameters(targets, r, dora=False), which returns a whole number.")
+def _adapter_parameters(answer):
+    width, kv, inner, blocks = 2048, 512, 8192, 24
+    shapes = {"q_proj": (width, width), "k_proj": (width, kv), "v_proj": (width, kv), "o_proj": (width, width)}
+    shapes |= {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
+
+    def count(targets, r, dora, shapes=shapes, blocks=blocks, axis=1):
+        return blocks * sum(r * sum(shapes[t]) + dora * shapes[t][axis] for t in targets)
+
+    no_groups = shapes | {"k_proj": (width, width), "v_proj": (width, width)}
+    cases = [(["q_proj"], 8, False), (["q_proj", "v_proj"], 16, False), (list(shapes), 16, False)]
+    cases += [(["down_proj"], 4, False), (["k_proj", "up_proj"], 4, True), (list(shapes), 16, True)]
+    for targets, r, dora in cases:
+        found, case = answer(targets, r, dora=dora), f"{', '.join(targets)}, rank {r}, dora={dora}"
+        if found == count(targets, r, dora):
+            continue
+        slips = (
+            (count(targets, r, dora, blocks=1), "this is one block; the model has 24."),
+            (count(targets, r, dora, shapes=no_groups), "keys and values have a width of 512 here, not of 2048."),
+            (count(targets, r, dora, axis=0), "DoRA's length belongs to a row, and a row makes one output."),
+            (count(targets, r, False), "DoRA's lengths are missing."),
+            (
+                blocks * sum(r * math.prod(shapes[t]) for t in targets),
+                "the thin matrices' sizes are added, not multiplied.",
+            ),
+            (blocks * sum(math.prod(shapes[t]) for t in targets), "this is the frozen matrix itself."),
+        )
+        hint = next((text for slip, text in slips if found == slip), f"{found!r} is not the count.")
+        return False, f"{case}: {hint}"
+    return True, "six counts of six, and no model was loaded."
+
+
+@register("04.2", "Write row_lengths(W, A, B, s), which returns one length for each row of W.")
+def _row_lengths(answer):
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    generator = torch.Generator().manual_seed(4)
+    W, A, B = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((48, 80), (4, 80), (48, 4)))
+    large = []
+
+    class Watch(TorchDispatchMode):
+        """Notes every new tensor of W's size; views of W itself, such as its transpose, are none."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for made in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(made, torch.Tensor) and made.numel() >= W.numel():
+                    if made.untyped_storage().data_ptr() != W.untyped_storage().data_ptr():
+                        large.append(f"{function.__name__.split('.')[0]} {tuple(made.shape)}")
+            return out
+
+    for s in (2.0, 0.5):
+        with Watch():
+            found = answer(W, A, B, s)
+        found, wanted = torch.as_tensor(found).detach().double(), (W + s * B @ A).norm(dim=1)
+        if found.shape != wanted.shape:
+            return False, f"a row has one length: {tuple(wanted.shape)} is wanted, not {tuple(found.shape)}."
+        if torch.allclose(found, wanted, rtol=1e-5):
+            continue
+        base, cross, square = W.norm(dim=1) ** 2, ((W @ A.T) * B).sum(1), ((B @ (A @ A.T)) * B).sum(1)
+        slips = (
+            (base + 2 * s * cross + s**2 * square, "this is the square: take its root."),
+            ((base + s**2 * square).sqrt(), "the term in the middle is missing: W and B A are not at right angles."),
+            ((base + s * cross + s**2 * square).sqrt(), "the term in the middle counts twice."),
+            ((base + 2 * s * cross + s * square).sqrt(), "the scale is squared in the last term."),
+            (base.sqrt(), "these are the lengths of W alone."),
+        )
+        hint = next((text for slip, text in slips if torch.allclose(found, slip, rtol=1e-5)), "the values are others.")
+        return False, hint
+    if large:
+        return False, f"the values are right, and a matrix as large as W was made on the way ({large[0]})."
+    return True, "the same lengths, and nothing larger than B on the way."
+
+
+@register("04.3", 'Give for each of a to d: "better", "worse", "no large difference" or "cannot tell".')
+def _read_the_intervals(answer):
+    wanted = {"a": "better", "b": "cannot tell", "c": "no large difference", "d": "worse"}
+    hints = {
+        "a": "zero is outside, and both ends are on the same side",
+        "b": "zero is inside, and the ends are far from it",
+        "c": "zero is inside, and both ends are nearer than two points",
+        "d": "zero is outside: which side?",
+    }
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    given = {name: " ".join(str(word).lower().split()) for name, word in answer.items()}
+    wrong = [f"{name} ({hints[name]})" for name in wanted if given[name] != wanted[name]]
+    return not wrong, "look again at " + "; ".join(
+        wrong
+    ) + "." if wrong else "the largest value of the four says least."

@@ -333,10 +333,23 @@ def load(name: str | Path | None = None, dtype=None, adapter: str | Path | None 
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+            _exact_lengths(model, Path(adapter))
     except (OSError, ValueError, SafetensorError) as error:
         raise _load_error(where if adapter is None else f"{where} with adapter {adapter}", error) from error
     hardware.give_back_memory()
     return model.eval()
+
+
+def _exact_lengths(model, adapter: Path) -> None:
+    """DoRA's lengths in float32, as the recipes train and save them: PEFT has rounded them to the base's dtype."""
+    lengths = [p for name, p in model.named_parameters() if "lora_magnitude_vector" in name]
+    if lengths:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        for parameter in lengths:
+            parameter.data = parameter.data.float()
+        set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
 
 
 def _load_error(where: str, error: Exception) -> ModelError:

@@ -81,6 +81,8 @@ def run(lesson: str | None = None, seed: int | None = None) -> int:
                     continue
                 print(f"{what}: training ...", flush=True)
                 _sweep_piece(name, seeds[0], knob, setting, key)
+    if any(table["id"].startswith("04") for table in chosen):
+        adapter_sweep(seeds)
     return 0
 
 
@@ -233,3 +235,30 @@ def _replace(recipe: str, kind: str, common: dict, rows: list[dict]) -> None:
     writer.writerows(everything)
     FOLDER.mkdir(parents=True, exist_ok=True)
     write_text(path(recipe, kind), text.getvalue())
+
+
+# --- lesson 04 -------------------------------------------------------------------------------------------------------
+
+
+def adapter_sweep(seeds) -> None:
+    """Every setting of `zoo`, for each seed: the loss on held-out records after `zoo.EARLY` and after all steps, as
+    `adapter_sweep_metrics.csv`. `metric` holds the setting's name. About half a minute a piece."""
+    from course_lib import zoo
+
+    key = recipes.key("ticket_lora_400", "full", 0)
+    pieces = [(name, seed) for seed in seeds for name in (*zoo.KNOBS, *zoo.ZOO)]
+    for number, (name, seed) in enumerate(pieces, 1):
+        common = {"profile": "full", "seed": seed, "control": "", "metric": name}
+        same = {column: str(value) for column, value in (common | {"key": key}).items()}
+        stored = any(all(row[c] == v for c, v in same.items()) for row in read("adapter_sweep", "metrics"))
+        print(f"{name}, seed {seed} ({number}/{len(pieces)}): {'stored' if stored else 'training ...'}", flush=True)
+        if stored:
+            continue
+        run_ = zoo.short_run(name, seed, measure_at=(zoo.EARLY, zoo.STEPS))
+        rows = [
+            common
+            | {"step": step, "value": f"{nll.mean():.4f}", "n": len(nll), "trainable": run_["trainable"]}
+            | _about(key)
+            for step, nll in run_["nll"].items()
+        ]
+        _replace("adapter_sweep", "metrics", common, rows)

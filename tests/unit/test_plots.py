@@ -55,3 +55,10 @@ def test_style_and_save(tmp_path):
         fig.subplots().plot([0, 1])
         plots.save(fig, SimpleNamespace(folder={"figures": tmp_path}.get), "curve")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_diagram_names_its_boxes_and_escapes_them():
+    boxes = [(0, 0, 50, 20, "A & B", "trained"), (80, 0, 50, 20, "W0", "frozen"), (160, 0, 50, 20, "y", "plain")]
+    svg = plots.diagram("one < two", 220, 40, boxes, [(50, 10, 80, 10)]).data
+    assert "<title>one &lt; two</title>" in svg and "A &amp; B" in svg and svg.count("<rect") == 4
+    assert svg.count('marker-end="url(#head)"') == 1 and plots.BLUE in svg

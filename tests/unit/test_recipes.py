@@ -252,6 +252,26 @@ def test_dora_is_lora_with_a_magnitude(tiny_model):
     assert all("lora_magnitude_vector" in name for name in names["dora"] - names["lora"])
 
 
+def test_doras_lengths_are_float32_and_come_back_unrounded(tiny_model, monkeypatch, tmp_path):
+    """In bfloat16 a step of training is lost in a length near 4, without a word."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(hardware, "device", lambda: "cpu")
+    s = types.SimpleNamespace(**SETTINGS, method="dora")
+    model = recipes.add_lora(tiny_model(dtype=torch.bfloat16), s)
+    lengths = {n: p for n, p in model.named_parameters() if "magnitude" in n}
+    assert {p.dtype for p in lengths.values()} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if "lora_A" in n} == {torch.bfloat16}
+    for parameter in lengths.values():
+        parameter.data += 0.001  # less than bfloat16 can say
+    folder = recipes.save(model, tmp_path / "dora")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda where, **kw: tiny_model(dtype=torch.bfloat16))
+    loaded = models.load("somewhere", adapter=folder)
+    for name, parameter in loaded.named_parameters():
+        assert name not in lengths or torch.equal(parameter, lengths[name])
+
+
 def test_full_training_moves_float32_weights_and_gives_the_hardwares_dtype_back(
     place, tiny_model, tiny_tokenizer, monkeypatch
 ):
