@@ -87,6 +87,41 @@ def _map(current: str) -> str:
     return "\n".join(parts)
 
 
+def diagram(title: str, width: int, height: int, boxes, arrows=()):
+    """A drawing of boxes and arrows as an IPython SVG, on a light ground of its own.
+
+    boxes: (x, y, width, height, words, kind), kind one of `trained` (filled), `frozen` (grey, dashed) and `plain`;
+    arrows: (x1, y1, x2, y2), in pixels from the upper left corner.
+    """
+    from IPython.display import SVG
+
+    looks = {
+        "trained": (BLUE, "#fff", "none"),
+        "frozen": ("#e9e9e9", "#1b1b1b", "5 4"),
+        "plain": ("#fff", "#1b1b1b", "none"),
+    }
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="13" text-anchor="middle">',
+        f"<title>{escape(title)}</title>",
+        '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0 0 L8 4 L0 8 z" fill="#555"/></marker></defs>',
+        f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
+    ]
+    for x1, y1, x2, y2 in arrows:
+        parts.append(
+            f'<path d="M{x1} {y1} L{x2} {y2}" stroke="#555" stroke-width="1.6" fill="none" marker-end="url(#head)"/>'
+        )
+    for x, y, wide, tall, words, kind in boxes:
+        fill, ink, dashes = looks[kind]
+        parts += [
+            f'<rect x="{x}" y="{y}" width="{wide}" height="{tall}" rx="6" fill="{fill}" stroke="#1b1b1b" '
+            f'stroke-dasharray="{dashes}"/>',
+            f'<text x="{x + wide / 2:g}" y="{y + tall / 2 + 5:g}" fill="{ink}">{escape(words)}</text>',
+        ]
+    return SVG("\n".join([*parts, "</svg>"]))
+
+
 def figure_style() -> None:
     """Matplotlib's settings for every figure of the course: call it once, before the first figure."""
     import matplotlib as mpl
