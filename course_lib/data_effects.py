@@ -50,29 +50,34 @@ def with_general(rows: list[dict], share: float, rng: random.Random) -> list[dic
     return mixed
 
 
-def token_losses(model, tokenizer, row: dict) -> tuple[list[int], list[int], np.ndarray]:
-    """(tokens of the prompt, tokens of the completion, loss of each of the latter in nats), end token included."""
+def tokens(tokenizer, row: dict) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt and of the completion, end token included."""
+    head = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+    tail = tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"]
+    return tokenizer(head, add_special_tokens=False)["input_ids"], tail + [tokenizer.eos_token_id]
+
+
+def token_losses(model, head: list[int], tail: list[int]) -> np.ndarray:
+    """The loss of each token of `tail` after `head` and the tokens before it, in nats."""
     import torch
 
-    head = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-    head = tokenizer(head, add_special_tokens=False)["input_ids"]
-    tail = tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    ids = torch.tensor([head + tail], device=model.device)
     with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([head + tail], device=model.device)).logits[0, len(head) - 1 : -1].float()
-        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(tail, device=model.device), reduction="none")
-    return head, tail, loss.cpu().numpy()
+        logits = model(input_ids=ids).logits[0, len(head) - 1 : -1].float()
+        return torch.nn.functional.cross_entropy(logits, ids[0, len(head) :], reduction="none").cpu().numpy()
 
 
 def with_mask(rows: list[dict], share: float, model, tokenizer) -> list[dict]:
     """`rows` as tokens and labels: the `share` of completion tokens that `model` expects least carry no loss."""
-    parts = [token_losses(model, tokenizer, row) for row in rows]
-    limit = np.quantile(np.concatenate([loss for _, _, loss in parts]), 1 - share)
+    parts = [tokens(tokenizer, row) for row in rows]
+    losses = [token_losses(model, head, tail) for head, tail in parts]
+    limit = np.quantile(np.concatenate(losses), 1 - share)
     return [
         {
             "input_ids": head + tail,
             "labels": [-100] * len(head) + [t if x <= limit else -100 for t, x in zip(tail, loss, strict=True)],
         }
-        for head, tail, loss in parts
+        for (head, tail), loss in zip(parts, losses, strict=True)
     ]
 
 

@@ -37,7 +37,8 @@ def test_masks_take_the_least_expected_tokens(tiny_model, tiny_tokenizer):
     whole = data_effects.with_mask(rows, 0.0, model, tiny_tokenizer)
     half = data_effects.with_mask(rows, 0.5, model, tiny_tokenizer)
     for a, b, row in zip(whole, half, rows, strict=True):
-        head, tail, loss = data_effects.token_losses(model, tiny_tokenizer, row)
+        head, tail = data_effects.tokens(tiny_tokenizer, row)
+        loss = data_effects.token_losses(model, head, tail)
         assert a["input_ids"] == b["input_ids"] == head + tail
         assert a["labels"] == [-100] * len(head) + tail
         kept = np.array(b["labels"][len(head) :]) != -100
