@@ -166,6 +166,104 @@ def _where_the_rule_stops(answer):
     return name == "larger_model", messages.get(name, f"{answer!r} is not in the table.")
 
 
+# --- lesson 02 -------------------------------------------------------------------------------------------------------
+
+
+@register("02.1", "Give observed and expected agreement and kappa as numbers, and passes as True or False.")
+def _agreement_by_hand(answer):
+    expected = 0.11**2 + 0.89**2
+    wanted = {"observed": 0.90, "expected": expected, "kappa": (0.90 - expected) / (1 - expected)}
+    dots = _untouched(answer, [*wanted, "passes"])
+    if dots:
+        return None, "" if len(dots) == 4 else f"{', '.join(dots)} still to be filled in."
+    slips = {
+        ("expected", 0.5): "chance is not a coin here: both raters say no far more often than yes.",
+        ("expected", 0.06**2 + 0.84**2): "each rater's own share of yes is wanted, not the share that both said.",
+        ("expected", 0.11 * 0.11): "both may also say no by chance.",
+        ("kappa", 0.80): "that takes chance for a coin.",
+        ("kappa", 0.90 - expected): "the gain over chance is divided by the largest gain there could be.",
+        ("observed", 90): "as a share, please, not as a count.",
+        ("observed", 0.06): "agreement on no is agreement, too.",
+        ("observed", 0.84): "agreement on yes is agreement, too.",
+    }
+
+    def near(a, b):
+        return isinstance(a, int | float) and not isinstance(a, bool) and abs(a - b) <= 0.005 * max(1, abs(b))
+
+    for (name, slip), message in slips.items():
+        if near(answer[name], slip):
+            return False, f"{name}: {message}"
+    wrong = [name for name in wanted if not near(answer[name], wanted[name])]
+    if wrong:
+        return False, f"look again at {', '.join(wrong)}."
+    if answer["passes"] not in (True, False):
+        return False, "passes is True or False."
+    if answer["passes"]:
+        return False, "the numbers are right; is kappa at least 0.70?"
+    return True, "nine of ten agree, and half of what chance leaves is missed."
+
+
+LEAK_CASES = (  # text, test item, whether it leaks
+    ("I ordered two desk lamps and one of them does not light up, what now?", "", True),
+    ("i ordered two desk lamps, and one of them does not light up - what now", "case and punctuation", True),
+    ("I  ordered two desk lamps and one of them does not light up,  what now? Many thanks.", "a closing added", True),
+    ("I bought two desk lamps and one of them does not light up, what now?", "one word changed", True),
+    ("Hello. I ordered two desk lamps and one of them does not light up, what now? Nobody answers the phone, I have "
+     "tried on three days, and the manual says nothing about it. Please write to me about the next steps soon.",
+     "inside a longer text", True),
+    ("I ordered two desk lamps and both of them work, so you may send the bill.", "a stock phrase is shared", False),
+    ("One of them does not work. What now?", "single words are shared", False),
+    ("Where is my parcel with the kettle?", "nothing is shared", False),
+    ("I ordered", "a short text that is part of the item", False),
+)  # fmt: skip
+
+
+@register("02.2", "Write leaks(text, test_item): True if the text contains the test item, lightly edited or not.")
+def _find_the_leak(answer):
+    if not callable(answer):
+        raise TypeError("a function of a text and a test item is wanted, not its result")
+    item = LEAK_CASES[0][0]
+    cases = [(text, item, what or "verbatim", leaks) for text, what, leaks in LEAK_CASES]
+    cases += [
+        ("Refund me, please!", "refund me please", "a test item of three words", True),
+        ("Refund the other one.", "refund me please", "one word of a short test item", False),
+    ]
+    for text, test_item, what, leaks in cases:
+        found = answer(text, test_item)
+        if found is None or found is ...:
+            return None, ""
+        if bool(found) != leaks:
+            told = "no leak, and yours says it is one" if found else "a leak, and yours does not find it"
+            return False, f"{what}: that is {told}."
+    return True, f"{len(cases)} of {len(cases)} pairs, edited ones and stock phrases among them."
+
+
+@register("02.3", "Give the number of general texts for each way of counting.")
+def _five_per_cent_of_what(answer):
+    wanted = {"examples": 100, "tokens": 200}
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == 2 else f"{dots[0]} still to be filled in."
+    slips = {
+        ("examples", 95): "that is a twentieth of the tickets; the texts are part of the whole, too.",
+        ("tokens", 190): "that is a twentieth of the tickets' tokens; the texts are part of the whole, too.",
+        ("tokens", 100): "a text has half the tokens of a ticket, so equally many are not enough.",
+        ("tokens", 50): "a text is the shorter one: more of them are needed, not fewer.",
+        ("tokens", 13000): "these are tokens; how many texts is that?",
+    }
+    for (name, slip), message in slips.items():
+        if answer[name] == slip:
+            return False, f"{name}: {message}"
+    wrong = [
+        name
+        for name, value in wanted.items()
+        if not (isinstance(answer[name], int | float) and abs(answer[name] - value) < 0.5)
+    ]
+    if wrong:
+        return False, f"look again at {', '.join(wrong)}: n texts make n / (1900 + n) of the examples."
+    return True, "a dose without its unit is off by a factor of two here."
+
+
 # --- lesson 03 -------------------------------------------------------------------------------------------------------
 
 

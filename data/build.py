@@ -9,14 +9,19 @@ its answers follow, is in `data/README.md`.
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import importlib.util
+import io
 import json
 import os
 import random
 import tomllib
+from collections import Counter
 from datetime import date, timedelta
 from pathlib import Path
 
+from course_lib import manifest
 from course_lib import tickets as desk
 
 HERE = Path(__file__).resolve().parent
@@ -228,7 +233,26 @@ def build() -> dict[str, bytes]:
     files["annotations.csv"] = side.annotations(splits["train"], random.Random(f"{SEED} annotations"))
     files |= side.raw_log(splits["train"], splits["test"], random.Random(f"{SEED} raw log"), bank["pii"])
     files["replies/drafts.jsonl"] = side.replies(splits["train"], random.Random(f"{SEED} replies"), bank["replies"])
+    files["manifest.json"] = _manifest(files, splits["train"])
     return files
+
+
+def _manifest(files: dict[str, bytes], train: list[dict]) -> bytes:
+    """manifest.json: the facts of `source/manifest.toml` with the counts, shares and hashes of what was built."""
+    about = tomllib.loads((SOURCE / "manifest.toml").read_text(encoding="utf-8"))
+    no_reasons = tomllib.loads((SOURCE / "wordings_train.toml").read_text(encoding="utf-8"))["near_human"]
+    for part in about["components"]:
+        rows = [record for record in train if manifest.component(record, no_reasons) == part["name"]]
+        part |= {"count": len(rows), "share": round(len(rows) / len(train), 4), "sha256": manifest.digest(rows)}
+    for part in [*about["beside"], *about["held_out"], *about["excluded"]]:
+        contents = files[part["file"]]
+        part |= {"count": contents.count(b"\n"), "sha256": hashlib.sha256(contents).hexdigest()}
+    kinds = Counter(row["kind"] for row in csv.DictReader(io.StringIO(files["raw_log_key.csv"].decode())))
+    log = about["excluded"][0]
+    for step in log["steps"]:
+        step["count"] = sum(kinds[kind] for kind in step.pop("kinds"))
+    log["left"] = log["count"] - sum(step["count"] for step in log["steps"] if step["does"] == "removes")
+    return (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def check() -> list[str]:
