@@ -260,12 +260,16 @@ def _grouped(module, query, key, value, attention_mask, scaling, dropout=0.0, **
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    scores = query.reshape(batch, groups, -1, size) @ key.transpose(2, 3) * scaling
-    scores = scores.view(batch, heads, queries, keys)
+    query = query.reshape(batch, groups, -1, size)
+    if queries == 1:  # in this order the keys, a part of the cache's memory, are not copied first
+        scores = (key @ query.transpose(2, 3)).transpose(2, 3)
+    else:
+        scores = query @ key.transpose(2, 3)
+    scores = scores.reshape(batch, heads, queries, keys) * scaling
     if attention_mask is not None:
         hidden = ~attention_mask[:, :, :, :keys]
-    else:  # no padding: a token sees itself and what stands before it
-        hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+    else:  # no padding: a token sees itself and what stands before it, or all of it where it is the newest
+        hidden = torch.ones(queries, keys, dtype=torch.bool).triu(1 if queries > 1 else keys)
     # Not minus infinity: a padding token on the left sees nothing at all, and its row would turn into NaN.
     weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
     out = weights.view(batch, groups, -1, keys) @ value
