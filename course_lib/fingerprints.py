@@ -22,14 +22,17 @@ def fingerprint(lesson, profile, seed):
 def outputs_fingerprint(cells, lesson):
     """What a lesson's committed outputs depend on: code cells, library, data, its tables in course.toml.
 
-    Prose does not count, nor do comments and docstrings of the library, nor modules that the lesson does not reach.
+    Prose does not count, nor do comments and docstrings of the library, nor modules that the lesson does not reach, nor
+    recipes that it does not name.
     """
     return _hash(_inputs(cells, lesson, "cpu"))
 
 
 def _inputs(cells, lesson, profile):
     code = [cell.source for cell in cells if cell.cell_type == "code" and not injected(cell)]
-    tables = {key: value for key, value in profiles.index().items() if key not in ("course", "lesson")}
+    tables = {key: value for key, value in profiles.index().items() if key not in ("course", "lesson", "recipes")}
+    used = {*lesson.get("recipes", ()), *lesson.get("introduces", ())}
+    tables["recipes"] = {name: table for name, table in profiles.index().get("recipes", {}).items() if name in used}
     of_lesson = [
         vars(profiles.sizes(lesson, profile)),
         lesson.get("bands", {}).get(profile),
@@ -117,10 +120,12 @@ def _check_of_another(node, number):
     return False
 
 
-def _data(root, folders):
+def _data(root, names):
+    """{path: hash} of files, and of all files in folders, of data/."""
     files = {}
-    for folder in folders:
-        for path in sorted((root / "data" / folder).rglob("*")):
+    for name in names:
+        place = root / "data" / name
+        for path in [place] if place.is_file() else sorted(place.rglob("*")):
             if path.is_file() and "/." not in path.as_posix() and "__pycache__" not in path.parts:
                 content = path.read_bytes().replace(b"\r\n", b"\n")
                 files[path.relative_to(root).as_posix()] = hashlib.sha256(content).hexdigest()

@@ -356,6 +356,23 @@ def test_what_changes_the_fingerprint_of_outputs(course, library):
     assert now(course) == now(course, title="other", minutes={"ci": 3}, bands={"ci": {"exact": [0, 1]}})
 
 
+def test_a_file_of_data_counts_as_a_folder_does(course, library):
+    path = course.root / "data" / "ladder.csv"
+    path.write_text("a\n")
+    before = now(course, data=["ladder.csv"])
+    path.write_text("b\n")
+    assert now(course, data=["ladder.csv"]) != before
+
+
+def test_only_the_recipes_that_a_lesson_names_count(course, library, monkeypatch):
+    found = []
+    for rate in (1, 2):
+        index = profiles.index() | {"recipes": {"mine": {"rate": 1}, "other": {"rate": rate}}}
+        monkeypatch.setattr(profiles, "index", lambda index=index: index)
+        found.append([now(course, recipes=["mine"]), now(course, introduces=["other"])])
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+
+
 def test_cells_that_papermill_adds_do_not_count(course, library):
     path = course.root / "notebooks" / "04_lora.ipynb"
     nb, before = nbformat.read(path, 4), now(course)
