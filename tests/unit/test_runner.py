@@ -368,8 +368,9 @@ def test_only_the_recipes_that_a_lesson_names_count(course, library, monkeypatch
     found = []
     for rate in (1, 2):
         index = profiles.index() | {"recipes": {"mine": {"rate": 1}, "other": {"rate": rate}}}
-        monkeypatch.setattr(profiles, "index", lambda index=index: index)
-        found.append([now(course, recipes=["mine"]), now(course, introduces=["other"])])
+        with monkeypatch.context() as patch:
+            patch.setattr(profiles, "index", lambda index=index: index)
+            found.append([now(course, recipes=["mine"]), now(course, introduces=["other"])])
     assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
 
 
