@@ -64,7 +64,8 @@ def test_memory_is_limited():
 
 
 def test_code_that_is_no_python():
-    assert sandbox.call("def f(:", "f", [[]]).status == "exit"
+    outcome = sandbox.call("def f(:", "f", [[]])
+    assert outcome.status == "error" and outcome.detail.startswith("SyntaxError")
     assert sandbox.call("g = 1", "f", [[]]).status == "error"
     assert sandbox.call("f = 1", "f", [[]]).status == "error"
 
