@@ -68,7 +68,7 @@ out.flush()
 @dataclass(frozen=True)
 class Limits:
     cpu_seconds: int = 1
-    wall_seconds: float = 5.0
+    wall_seconds: float = 20.0  # generous: on a busy machine a right answer takes seconds
     memory_mb: int = 256
     file_kb: int = 64
 
