@@ -85,13 +85,16 @@ def continued(adapter):
     """The base with a trained adapter whose training goes on."""
     model = models.load(adapter=adapter)
     model.set_adapter("default")  # loaded adapters are frozen
+    # Saved adapters name the base and not its place; PEFT looks there for its configuration when they are saved again.
+    model.peft_config["default"].base_model_name_or_path = str(models.base_path())
     return model
 
 
 def train(sweep: str, value: float, n: int, profile: str, seed: int):
     """The model after a short training on `n` tickets in which the share of `sweep` is `value`."""
     tokenizer, s = models.load_tokenizer(), recipes.settings("ticket_lora", profile)
-    s, rng = SimpleNamespace(**vars(s) | {"epochs": 1}), random.Random(f"{sweep} {seed}")
+    # Without a warm-up: of the few steps of a short run, its first would be taken at a learning rate of zero.
+    s, rng = SimpleNamespace(**vars(s) | {"epochs": 1, "warmup": 0}), random.Random(f"{sweep} {seed}")
     records = tickets.load("train", FIRST + n)[FIRST:]
     if sweep == "label_noise":
         model = continued(recipes.adapter("ticket_lora", profile))

