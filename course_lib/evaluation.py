@@ -82,7 +82,7 @@ def generate(
     prompts: Sequence[list[dict]],
     *,
     max_new_tokens: int = 96,
-    batch_size: int = 32,
+    batch_size: int = 60,
     processors=None,
     label: str = "generating",
     **sampling,

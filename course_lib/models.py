@@ -255,6 +255,8 @@ def _grouped(module, query, key, value, attention_mask, scaling, dropout=0.0, **
 
     batch, heads, queries, size = query.shape
     groups, keys = key.shape[1:3]
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # rotary positions made it float32 again
+        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
     short = queries == 1 or query.dtype != torch.float32 and batch * heads * queries * keys <= _MOST_SCORES
     if query.device.type != "cpu" or dropout or not short:
         return sdpa_attention_forward(

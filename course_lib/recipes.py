@@ -73,6 +73,9 @@ def _rehearsal_path() -> Path:
 def training_rows(s: SimpleNamespace) -> list[dict]:
     """The examples of a recipe: its tickets, and as many general ones as make up its share of rehearsal."""
     rows, share = examples(tickets.load("train", s.train)), getattr(s, "rehearsal", 0)
+    if getattr(s, "shuffled_labels", False):  # a control of `make reference`: each ticket with the next one's record
+        records = [row["completion"] for row in rows]
+        rows = [row | {"completion": c} for row, c in zip(rows, records[1:] + records[:1], strict=True)]
     return rows + rehearsal(round(len(rows) * share / (1 - share))) if share else rows
 
 

@@ -59,9 +59,12 @@ def loss(model, batch: dict):
     import torch
 
     batch = {name: values.to(model.device) for name, values in batch.items()}
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    following = batch["labels"][:, 1:]
+    keep = (following != IGNORED).any(0).nonzero()[:, 0]  # elsewhere 49,152 logits a position would be thrown away
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits
     return torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED
+        logits.float().flatten(0, 1), following[:, keep].flatten(), ignore_index=IGNORED
     )
 
 
@@ -118,14 +121,14 @@ def optimizers(name: str, model, learning_rate: float, beta2: float = 0.95) -> l
     every = [p for _, p in weights]
     betas = (0.9, beta2)
     if name == "adamw":
-        return [torch.optim.AdamW(every, lr=learning_rate, betas=betas, weight_decay=0.0)]
+        return [torch.optim.AdamW(every, lr=learning_rate, betas=betas, weight_decay=0.0, fused=True)]
     if name == "muon":
         matrices = [p for name, p in weights if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
         inside = {id(p) for p in matrices}
         rest = [p for p in every if id(p) not in inside]
         # match_rms_adamw makes a step as large as AdamW's at the same learning rate (Liu et al. 2025, 2502.16982)
         muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        return [muon, torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=0.0)]
+        return [muon, torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=0.0, fused=True)]
     import pytorch_optimizer as more
 
     if name == "schedule_free":
