@@ -151,7 +151,7 @@ def save(fig, lesson, name: str) -> None:
 
 
 def over_reference(ax, recipe: str, profile: str, curve: list[tuple[int, float]]) -> None:
-    """The reader's training curve over the stored reference of the recipe: the band of its seeds and the control.
+    """The reader's training curve over the stored reference of the recipe: the band of its seeds and the controls.
 
     curve: (step, loss) pairs. The reference of profile `cpu` stands behind every profile that has none of its own.
     """
@@ -167,8 +167,10 @@ def over_reference(ax, recipe: str, profile: str, curve: list[tuple[int, float]]
         steps = sorted(by_step)
         low, high = ([f(by_step[s]) for s in steps] for f in (min, max))
         ax.fill_between(steps, low, high, color=ORANGE, alpha=0.35, label="reference, all seeds")
-        control = [(int(r["step"]), float(r["loss"])) for r in own if r["control"]]
-        ax.plot(*zip(*control, strict=True), color=BLACK, linestyle=":", label="control: learning rate 0")
+        for control, style in zip(reference.CONTROLS, (":", "-."), strict=True):
+            if found := [(int(r["step"]), float(r["loss"])) for r in own if r["control"] == control]:
+                label = f"control: {control.replace('_', ' ')}"
+                ax.plot(*zip(*found, strict=True), color=BLACK, linestyle=style, linewidth=1, label=label)
         made = own[0]
         ax.set_title(
             f"reference: profile {made['profile']}, {made['date']}, {made['dtype']}, trl {made['trl']}", fontsize=8
