@@ -537,3 +537,19 @@ def test_the_courses_attention_equals_pytorchs(dtype, queries, padded):
     close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, **close)
+
+
+def test_attention_under_autocast_is_quick_too_and_the_same():
+    """With float32 weights, rotary positions turn queries and keys into float32 again: they are rounded here."""
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    torch.manual_seed(0)
+    module = types.SimpleNamespace(num_key_value_groups=3, is_causal=True, training=True)
+    q, k = torch.randn(2, 9, 6, 8), torch.randn(2, 3, 6, 8)
+    v = torch.randn(2, 3, 6, 8).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, _ = models._grouped(module, q, k, v, None, scaling=0.3)
+    theirs, _ = sdpa_attention_forward(module, q.bfloat16(), k.bfloat16(), v, None, scaling=0.3)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)

@@ -90,6 +90,13 @@ def test_rehearsal_is_a_share_of_all_examples_and_starts_again(monkeypatch, shar
     assert rows[:19] == recipes.training_rows(types.SimpleNamespace(train=19))
 
 
+def test_shuffled_labels_give_each_ticket_another_record(monkeypatch):
+    monkeypatch.setattr(tickets, "load", lambda split, n: range(n))
+    monkeypatch.setattr(recipes, "examples", lambda records: [{"prompt": n, "completion": f"of {n}"} for n in records])
+    rows = recipes.training_rows(types.SimpleNamespace(train=3, shuffled_labels=True))
+    assert rows == [{"prompt": n, "completion": f"of {(n + 1) % 3}"} for n in range(3)]
+
+
 def test_the_key_holds_the_rehearsal_data_where_there_is_rehearsal(place, monkeypatch):
     place["other"] |= {"rehearsal": 0.05}
     rehearse(monkeypatch, 3)
