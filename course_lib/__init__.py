@@ -1,5 +1,6 @@
 """Helper library of the course. Importing it loads nothing heavy; what lessons call is loaded at its first use."""
 
+import logging
 from importlib import import_module
 
 LAZY = {
@@ -10,6 +11,12 @@ LAZY = {
     "show_source": "exercises",
 }
 __all__ = ["CourseError", *LAZY]
+
+# bitsandbytes looks for a faster kernel of the hub while it is imported (which PEFT does for any adapter) and warns
+# that it has none. The kernel serves repacked 4-bit weights alone, which `guards.keep_unpacked` rules out.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda entry: "gemm_4bit_forward from kernels-community" not in entry.getMessage()
+)
 
 
 class CourseError(Exception):

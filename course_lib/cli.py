@@ -92,6 +92,35 @@ def reference(args):
         reference.run(name, args.seed)
 
 
+def memory(args):
+    """The bytes planner: a table of shapes by method, or the parts of one shape."""
+    import dataclasses
+
+    from course_lib import memory
+
+    names = ("rank", "batch", "length", "optimizer", "checkpointing")
+    options = {name: getattr(args, name) for name in names}
+    methods = [args.method] if args.method else list(memory.METHODS)
+    limit = memory.GPUS[args.gpu] / 1e9
+    if args.model is None:
+        print(f"GB while training, on {args.gpu} ({limit:.1f} GB); a star does not fit\n")
+        print(f"{'model':<14}{'billions':>9}" + "".join(f"{method:>9}" for method in methods))
+        for row in memory.table(args.gpu, methods=methods, **options):
+            cells = (f"{row[method]:8.1f}" + (" " if row[f"{method} fits"] else "*") for method in methods)
+            print(f"{row['model']:<14}{row['billions']:9.2f}" + "".join(cells))
+    else:
+        shape = memory.shape(args.model)
+        plans = [memory.plan(shape, method, **options) for method in methods]
+        print(f"{shape.name}, {shape.parameters / 1e9:.2f} billion parameters; GB while training\n")
+        print(f"{'':<14}" + "".join(f"{method:>9}" for method in methods))
+        for part in (field.name for field in dataclasses.fields(memory.Plan)):
+            print(f"{part:<14}" + "".join(f"{getattr(p, part) / 1e9:9.2f}" for p in plans))
+        print(f"{'total':<14}" + "".join(f"{p.total / 1e9:9.2f}" for p in plans))
+        fits = "".join(f"{'yes' if p.total <= memory.GPUS[args.gpu] else 'no':>9}" for p in plans)
+        print(f"{f'fits {args.gpu}':<14}{fits}   ({limit:.1f} GB)")
+    print("\n" + memory.assumptions(**options))
+
+
 def bench(args):
     from course_lib import bench
 
@@ -312,6 +341,17 @@ def parser():
     sub = add(reference, "make the stored reference data, piece by piece", "reference", "reference 01 --seed 2")
     sub.add_argument("lessons", nargs="*", metavar="LESSON")
     sub.add_argument("--seed", type=int, help="one seed (default: all)")
+
+    sub = add(
+        memory, "plan the bytes of a training run", "memory", "memory --gpu l4", "memory --model 8B --method qlora"
+    )
+    sub.add_argument("--model", metavar="NAME_OR_SHAPE", help="a known name, a size such as 14B, or a model's folder")
+    sub.add_argument("--method", choices=("full", "lora", "qlora"), help="one method (default: all)")
+    sub.add_argument("--gpu", choices=("t4", "l4", "a100", "h100"), default="t4", help="default: t4")
+    for name, value in (("rank", 16), ("batch", 1), ("length", 512)):
+        sub.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default: {value}")
+    sub.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), default="adamw")
+    sub.add_argument("--checkpointing", action="store_true", help="keep the input of each block only")
 
     add(bench, "measure the course's speed against TRL's defaults")
     sub = add(clean, "remove the folders of runs, never your notebooks", "clean", "clean --cache")

@@ -29,22 +29,54 @@ class Answer:
 def merged(model):
     """While inside, the adapter of a PEFT model is folded into the weights: the same answers, fewer multiplications.
 
-    Nothing is folded where there is no adapter, where it is disabled, or where it is a prompt.
+    Weights in four bits are dequantised first and put back afterwards: PEFT's own merge would round the sum to four bits
+    again, and with it the adapter. That takes the memory of a model in 16 bits. Nothing is folded where there is no
+    adapter, where it is disabled, or where it is a prompt.
     """
     config = getattr(model, "active_peft_config", None)
     layers = [] if config is None or config.is_prompt_learning else _adapted_layers(model)
     if not layers or any(layer.disable_adapters for layer in layers):
         yield model
+    elif any(hasattr(layer.get_base_layer().weight, "quant_state") for layer in layers):
+        with _merged_in_full(layers):
+            yield model
+    else:
+        kept = [(layer.get_base_layer(), layer.get_base_layer().weight.data.clone()) for layer in layers]
+        model.merge_adapter()
+        try:
+            yield model
+        finally:
+            # Subtracting the adapter again would leave rounding in bfloat16 weights: the originals are put back.
+            model.unmerge_adapter()
+            for base, weight in kept:
+                base.weight.data.copy_(weight)
+
+
+@contextlib.contextmanager
+def _merged_in_full(layers):
+    """`merged` for layers over weights in four bits: each gets a 16-bit base with its LoRA added, for the time being."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    if any(layer.lora_variant for layer in layers):  # DoRA and the like: left beside the base, slower and as right
+        yield
         return
-    kept = [(layer.get_base_layer(), layer.get_base_layer().weight.data.clone()) for layer in layers]
-    model.merge_adapter()
+    kept = [(layer, layer.base_layer) for layer in layers]
     try:
-        yield model
+        with torch.no_grad():
+            for layer, base in kept:
+                full = torch.nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+                weight = dequantize_4bit(base.weight.data, base.weight.quant_state)
+                delta = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+                full.weight = torch.nn.Parameter((weight.float() + delta.float()).to(weight.dtype), requires_grad=False)
+                full.bias = base.bias
+                layer.base_layer = full
+                layer.merged_adapters.extend(layer.active_adapters)
+        yield
     finally:
-        # Subtracting the adapter again would leave rounding in bfloat16 weights: the originals are put back instead.
-        model.unmerge_adapter()
-        for base, weight in kept:
-            base.weight.data.copy_(weight)
+        for layer, base in kept:
+            layer.base_layer = base
+            layer.merged_adapters.clear()
 
 
 def _adapted_layers(model):

@@ -17,7 +17,7 @@ _KEEP_PAGES = 4 << 30
 # The machine on which the minutes in `course.toml` were taken, idle: two cores of an AMD EPYC with AVX512-BF16.
 _REFERENCE_GFLOPS = 350
 
-VERSIONED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "llguidance", "numpy")
+VERSIONED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "tokenizers", "llguidance", "numpy")
 
 
 def cores() -> int:
@@ -113,6 +113,12 @@ def trainer_arguments() -> dict:
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def four_bit_arguments() -> dict:
+    """What a trainer gets on top for a base in four bits. With CUDA: gradient checkpointing, and an optimizer whose
+    8-bit state may move to the host's memory for a moment. A CPU has room, and no paging: nothing."""
+    return {"gradient_checkpointing": True, "optim": "paged_adamw_8bit"} if device() == "cuda" else {}
 
 
 def speed() -> float | None:

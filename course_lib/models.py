@@ -312,11 +312,19 @@ def load_tokenizer(name: str | Path | None = None):
     return tokenizer
 
 
-def load(name: str | Path | None = None, dtype=None, adapter: str | Path | None = None, device: str | None = None):
+def load(
+    name: str | Path | None = None,
+    dtype=None,
+    adapter: str | Path | None = None,
+    device: str | None = None,
+    four_bit: bool = False,
+):
     """Model in eval mode: the base (None), a folder, or a model on the hub; with `adapter`, a PEFT folder, on top.
 
-    dtype and device default to what the hardware is good at (`hardware.dtype()`, `hardware.device()`). Safetensors
-    only; code that comes with a model is never run. Raises ModelError with the cure.
+    dtype and device default to what the hardware is good at (`hardware.dtype()`, `hardware.device()`). With
+    `four_bit`, the linear layers of the blocks are held in NF4 with double quantisation, by `four_bit_backend()`; dtype
+    is then that of all the rest, and of the products. Safetensors only; code that comes with a model is never run.
+    Raises ModelError with the cure.
     """
     where = _where(name)  # first, so that what is wrong with the cache is said at once
 
@@ -324,17 +332,21 @@ def load(name: str | Path | None = None, dtype=None, adapter: str | Path | None 
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from course_lib import hardware
+    from course_lib import guards, hardware
 
-    device = device or hardware.device()
+    device, dtype = device or hardware.device(), dtype or hardware.dtype()
     logging.disable_progress_bar()
+    options = {"dtype": dtype, "use_safetensors": True}
+    options["attn_implementation"] = _register_attention() if device == "cpu" else "sdpa"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype=dtype or hardware.dtype(),
-            use_safetensors=True,
-            attn_implementation=_register_attention() if device == "cpu" else "sdpa",
-        ).to(device)
+        if four_bit and four_bit_backend() == "unsloth":
+            model = _load_with_unsloth(where, dtype)
+        elif four_bit:
+            options |= {"quantization_config": four_bit_config(dtype), "device_map": {"": device}}
+            model = AutoModelForCausalLM.from_pretrained(where, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(where, **options).to(device)
+        guards.keep_unpacked(model)
         if adapter is not None:
             from peft import PeftModel
 
@@ -344,6 +356,69 @@ def load(name: str | Path | None = None, dtype=None, adapter: str | Path | None 
         raise _load_error(where if adapter is None else f"{where} with adapter {adapter}", error) from error
     hardware.give_back_memory()
     return model.eval()
+
+
+# --- four bits -------------------------------------------------------------------------------------------------------
+
+FOUR_BIT_BACKENDS = ("unsloth", "bitsandbytes")
+
+
+def four_bit_backend() -> str:
+    """Who holds weights in four bits: `unsloth` with CUDA and where it is installed, else `bitsandbytes`, which has
+    kernels for CUDA and for CPUs. `COURSE_FOUR_BIT` overrides, for instance for unsloth's CPU back end."""
+    import importlib.util
+
+    from course_lib import hardware
+
+    asked = os.environ.get("COURSE_FOUR_BIT")
+    if asked and asked not in FOUR_BIT_BACKENDS:
+        raise ModelError(f"COURSE_FOUR_BIT={asked!r}: choose one of {', '.join(FOUR_BIT_BACKENDS)}.")
+    there = importlib.util.find_spec("unsloth") is not None
+    if asked == "unsloth" and not there:
+        raise ModelError("COURSE_FOUR_BIT=unsloth, but unsloth is not installed here: the README says how to add it.")
+    return asked or ("unsloth" if there and hardware.device() == "cuda" else "bitsandbytes")
+
+
+def four_bit_config(dtype=None):
+    """What QLoRA asks of bitsandbytes: NF4, double quantisation, products in `dtype` (default `hardware.dtype()`).
+
+    All three differ from the defaults of `BitsAndBytesConfig(load_in_4bit=True)`: FP4, none, float32.
+    """
+    from transformers import BitsAndBytesConfig
+
+    from course_lib import hardware
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype or hardware.dtype(),
+    )
+
+
+def _load_with_unsloth(where: str, dtype):
+    from unsloth import FastLanguageModel  # its changes reach only what is imported after it
+
+    model, _ = FastLanguageModel.from_pretrained(where, max_seq_length=2048, dtype=dtype, load_in_4bit=True)
+    return model
+
+
+def add_unsloth_lora(model, rank: int, alpha: int):
+    """A fresh LoRA adapter on all linear layers, made by unsloth, with its way of gradient checkpointing."""
+    import torch
+    from unsloth import FastLanguageModel
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=names,
+        use_gradient_checkpointing="unsloth",
+        random_state=torch.initial_seed() % 2**31,
+    )
 
 
 def _exact_lengths(model, adapter: Path) -> None:

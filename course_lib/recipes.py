@@ -3,8 +3,9 @@
 Settings stand in `notebooks/course.toml` under `[recipes.NAME]`. The lesson that introduces a recipe trains it in view
 with the functions below; later lessons call `adapter`, or `load` for the model itself.
 
-A recipe's `method` is `lora` (where it says none), `dora`, or `full`: all weights, no adapter. Its `rehearsal` is the
-share of general examples among all its examples.
+A recipe's `method` is `lora` (where it says none), `dora`, `qlora` (LoRA over a base in four bits), or `full`: all
+weights, no adapter. Its `rehearsal` is the share of general examples among all its examples, its `base` a model other
+than the course's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -22,7 +24,7 @@ from types import SimpleNamespace
 
 from course_lib import CourseError, hardware, models, profiles, tickets
 
-METHODS = ("lora", "dora", "full")
+METHODS = ("lora", "dora", "qlora", "full")
 
 
 def settings(name: str, profile: str) -> SimpleNamespace:
@@ -39,7 +41,7 @@ def settings(name: str, profile: str) -> SimpleNamespace:
 
 
 def method(s: SimpleNamespace) -> str:
-    """`lora`, `dora` or `full`."""
+    """`lora`, `dora`, `qlora` or `full`."""
     return getattr(s, "method", "lora")
 
 
@@ -85,6 +87,8 @@ def add_lora(model, s: SimpleNamespace):
     The adapter is kept in the base's dtype on a CPU, where mixed dtypes cost a fifth of the speed; in float32 on CUDA
     below capability 8, whose float16 gradients need it.
     """
+    if method(s) == "qlora" and models.four_bit_backend() == "unsloth":
+        return models.add_unsloth_lora(model, s.rank, s.alpha)
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -131,8 +135,16 @@ def sft_trainer(model, tokenizer, rows: list[dict], s: SimpleNamespace, seed: in
     fitting = hardware.trainer_arguments()
     if method(s) == "full":  # the weights are float32: the multiplications may still be in bfloat16
         fitting["bf16"] = str(hardware.dtype()) == "torch.bfloat16"
+    if method(s) == "qlora":
+        fitting |= hardware.four_bit_arguments()
     config = SFTConfig(**arguments | fitting | changes)
+    kept = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    # Over a base in four bits TRL turns adapters into bfloat16: too coarse here where they were float32, and fatal for
+    # the float16 gradients of a T4, whose scaler has no code for bfloat16.
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            parameter.data = parameter.data.to(kept[name])
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_progress())
     return trainer
@@ -205,6 +217,8 @@ def key(name: str, profile: str, seed: int) -> str:
         "dtype": str(hardware.dtype()),
         "seed": seed,
     }
+    if method(settings(name, profile)) == "qlora":
+        parts["four_bit"] = [models.four_bit_backend(), hardware.versions().get("bitsandbytes")]
     if getattr(settings(name, profile), "rehearsal", 0):
         parts["rehearsal"] = models.sha256(_rehearsal_path())
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -227,7 +241,8 @@ def save(model, folder: Path, about: dict | None = None) -> Path:
         model.save_pretrained(work, safe_serialization=True)
         if (work / "adapter_config.json").exists():
             config = json.loads((work / "adapter_config.json").read_text())
-            config["base_model_name_or_path"] = models.BASE_NAME
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.get("base_model_name_or_path") or ""):  # no name of the hub
+                config["base_model_name_or_path"] = models.BASE_NAME
             (work / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
         (work / "README.md").unlink(missing_ok=True)  # a card with empty fields says less than none
         if about:
@@ -269,8 +284,15 @@ def load(name: str, profile: str = "auto", seed: int = 0):
     """The model that a recipe trained, ready to be asked: the base with its adapter on top, or all weights its own."""
     profile = profiles.choose(profile)
     folder = adapter(name, profile, seed)
-    full = method(settings(name, profile)) == "full"
-    return models.load(folder) if full else models.load(adapter=folder)
+    s = settings(name, profile)
+    if method(s) == "full":
+        return models.load(folder)
+    return models.load(base(s), adapter=folder, four_bit=method(s) == "qlora")
+
+
+def base(s: SimpleNamespace) -> str | None:
+    """The model that a recipe starts from, as `models.load` and `models.load_tokenizer` take it; None: the course's."""
+    return getattr(s, "base", None)
 
 
 def prepare(name: str, profile: str, seed: int = 0, **changes):
@@ -284,8 +306,11 @@ def prepare_with(s: SimpleNamespace, seed: int = 0, **changes):
 
     profiles.set_seeds(seed)
     # A step of 1e-4 is lost in bfloat16, which has three digits: all weights are trained in float32.
-    model = models.load(dtype=torch.float32) if method(s) == "full" else add_lora(models.load(), s)
-    return model, sft_trainer(model, models.load_tokenizer(), training_rows(s), s, seed, **changes)
+    if method(s) == "full":
+        model = models.load(base(s), dtype=torch.float32)
+    else:
+        model = add_lora(models.load(base(s), four_bit=method(s) == "qlora"), s)
+    return model, sft_trainer(model, models.load_tokenizer(base(s)), training_rows(s), s, seed, **changes)
 
 
 def for_use(model):
