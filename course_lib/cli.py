@@ -351,7 +351,8 @@ def parser():
     for name, value in (("rank", 16), ("batch", 1), ("length", 512)):
         sub.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default: {value}")
     sub.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), default="adamw")
-    sub.add_argument("--checkpointing", action="store_true", help="keep the input of each block only")
+    switch = argparse.BooleanOptionalAction
+    sub.add_argument("--checkpointing", action=switch, default=True, help="keep the input of each block only")
 
     add(bench, "measure the course's speed against TRL's defaults")
     sub = add(clean, "remove the folders of runs, never your notebooks", "clean", "clean --cache")

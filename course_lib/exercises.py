@@ -441,3 +441,92 @@ def _read_the_intervals(answer):
     return not wrong, "look again at " + "; ".join(
         wrong
     ) + "." if wrong else "the largest value of the four says least."
+
+
+# --- lesson 05 -------------------------------------------------------------------------------------------------------
+
+
+@register("05.1", "Write bits(block, group=None), which returns the bits of one weight, scales included.")
+def _bits_of_a_weight(answer):
+    def count(block, group):
+        return 4 + (32 if group is None else 8 + 32 / group) / block
+
+    for block, group in ((64, None), (32, None), (64, 256), (32, 256), (128, 64)):
+        found, case = float(answer(block, group) if group else answer(block)), f"blocks of {block}, groups of {group}"
+        wanted, slips = count(block, group), []
+        if abs(found - wanted) < 1e-6:
+            continue
+        if group:
+            slips = [
+                (4 + 8 / block, "the second scale is missing: each group has one float32."),
+                (4 + 8 / block + 32 / group, "a group is a group of scales, not of weights: it holds block * group."),
+                (4 + (8 + 32) / block, "the second scale is shared by a whole group of scales."),
+                (4 + 32 / block, "with a group the first scale has eight bits."),
+            ]
+        slips += [(wanted / 8, "these are bytes."), (wanted - 4, "the codes themselves have four bits.")]
+        slips += [(4 + 16 / block, "a float32 has 32 bits.")]
+        hint = next((text for slip, text in slips if abs(found - slip) < 1e-6), f"{found:g} is not the count.")
+        return False, f"{case}: {hint}"
+    return True, f"with QLoRA's sizes {count(64, 256):.3f} bits, and no tensor was made."
+
+
+@register("05.2", 'Give one change for each: "checkpointing", "four bits", "an adapter" or "8-bit optimizer".')
+def _what_would_make_it_fit(answer):
+    wanted = {"a": "checkpointing", "b": "four bits", "c": "an adapter"}
+    why = {
+        ("a", "four bits"): "the frozen weights are not what fills the card there",
+        ("a", "8-bit optimizer"): "an adapter's optimizer is small change",
+        ("b", "checkpointing"): "it is on already: the frozen weights alone are more than the card has",
+        ("b", "8-bit optimizer"): "the frozen weights alone are more than the card has",
+        ("c", "8-bit optimizer"): "it takes away most of the largest part, and what is left is still too much",
+        ("c", "four bits"): "a weight that is trained cannot be a code of four bits",
+        ("c", "checkpointing"): "it is on already, and the activations are the smallest part",
+    }
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    given = {name: " ".join(str(word).lower().split()) for name, word in answer.items()}
+    known = (*wanted.values(), "8-bit optimizer")
+    if unknown := [word for word in given.values() if word not in known]:
+        return False, f"{unknown[0]!r} is none of the four: {', '.join(known)}."
+    there = "an adapter is there already"
+    wrong = [f"{n} ({why.get((n, given[n]), there)})" for n in wanted if given[n] != wanted[n]]
+    return not wrong, "look again at " + "; ".join(wrong) + "." if wrong else "each change acts on one part of the bill."
+
+
+@register("05.3", "Write merged_weight(packed, state, A, B, alpha, r), which returns the merged matrix in float32.")
+def _merged_weight(answer):
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    generator = torch.Generator().manual_seed(5)
+    W, A, B = (torch.randn(*shape, generator=generator) for shape in ((128, 192), (8, 192), (128, 8)))
+    B = B / 20
+
+    def off(found, wanted):
+        return ((found - wanted).norm() / wanted.norm()).item()
+
+    for double, alpha in ((False, 16), (True, 24)):
+        packed, state = quantize_4bit(W, quant_type="nf4", compress_statistics=double)
+        found = torch.as_tensor(answer(packed, state, A, B, alpha, 8)).detach()
+        if tuple(found.shape) != tuple(W.shape):
+            return False, f"the merged matrix is {tuple(W.shape)}, yours is {tuple(found.shape)}."
+        frozen, update = dequantize_4bit(packed, state), B @ A
+        wanted = frozen + alpha / 8 * update
+        again = dequantize_4bit(*quantize_4bit(wanted, quant_type="nf4", compress_statistics=double))
+        kind, found = found.dtype, found.float()
+        if off(found, wanted) < 1e-5:
+            continue
+        slips = (
+            (frozen + update, 1e-5, "alpha / r is missing."),
+            (frozen + alpha * update, 1e-5, "the scale is alpha / r, not alpha."),
+            (frozen + 8 / alpha * update, 1e-5, "the scale is alpha / r, not r / alpha."),
+            (frozen, 1e-5, "that is the frozen weight without the update."),
+            (alpha / 8 * update, 1e-5, "that is the update alone."),
+            (W + alpha / 8 * update, 1e-5, "that is the original weight: the adapter was trained on the rounded one."),
+            (again, 1e-3, "that was rounded to four bits again, and most of the update with it."),
+            (wanted, 1e-2, f"right, but rounded to {str(kind).removeprefix('torch.')}: float32, please."),
+        )
+        hint = next((text for slip, near, text in slips if off(found, slip) < near), "the values are others.")
+        return False, hint
+    return True, "expanded, added, and not rounded to four bits again."

@@ -154,7 +154,7 @@ def plan(
     batch: int = 1,
     length: int = 512,
     optimizer: str = "adamw",
-    checkpointing: bool = False,
+    checkpointing: bool = True,
     base_bytes: int = 2,
     adapter_bytes: int = 4,
     double: bool = True,

@@ -317,13 +317,13 @@ def load(
     dtype=None,
     adapter: str | Path | None = None,
     device: str | None = None,
-    four_bit: bool = False,
+    four_bit: bool | str = False,
 ):
     """Model in eval mode: the base (None), a folder, or a model on the hub; with `adapter`, a PEFT folder, on top.
 
     dtype and device default to what the hardware is good at (`hardware.dtype()`, `hardware.device()`). With
-    `four_bit`, the linear layers of the blocks are held in NF4 with double quantisation, by `four_bit_backend()`; dtype
-    is then that of all the rest, and of the products. Safetensors only; code that comes with a model is never run.
+    `four_bit`, the linear layers of the blocks are held in NF4 with double quantisation, by `four_bit_backend()` or the
+    back end that it names; dtype is then that of all the rest, and of the products. Safetensors only; code that comes with a model is never run.
     Raises ModelError with the cure.
     """
     where = _where(name)  # first, so that what is wrong with the cache is said at once
@@ -339,7 +339,7 @@ def load(
     options = {"dtype": dtype, "use_safetensors": True}
     options["attn_implementation"] = _register_attention() if device == "cpu" else "sdpa"
     try:
-        if four_bit and four_bit_backend() == "unsloth":
+        if four_bit and (four_bit if isinstance(four_bit, str) else four_bit_backend()) == "unsloth":
             model = _load_with_unsloth(where, dtype)
         elif four_bit:
             options |= {"quantization_config": four_bit_config(dtype), "device_map": {"": device}}
