@@ -29,9 +29,9 @@ class Answer:
 def merged(model):
     """While inside, the adapter of a PEFT model is folded into the weights: the same answers, fewer multiplications.
 
-    Weights in four bits are dequantised first and put back afterwards: PEFT's own merge would round the sum to four bits
-    again, and with it the adapter. That takes the memory of a model in 16 bits. Nothing is folded where there is no
-    adapter, where it is disabled, or where it is a prompt.
+    Weights in four bits are dequantised first and put back afterwards: PEFT's own merge would round the sum to four
+    bits again, and with it the adapter. That takes the memory of a model in 16 bits. Nothing is folded where there is
+    no adapter, where it is disabled, or where it is a prompt.
     """
     config = getattr(model, "active_peft_config", None)
     layers = [] if config is None or config.is_prompt_learning else _adapted_layers(model)
@@ -54,7 +54,7 @@ def merged(model):
 
 @contextlib.contextmanager
 def _merged_in_full(layers):
-    """`merged` for layers over weights in four bits: each gets a 16-bit base with its LoRA added, for the time being."""
+    """`merged` for layers over weights in four bits: each gets a 16-bit base with its LoRA added, for a while."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
 

@@ -489,9 +489,10 @@ def _what_would_make_it_fit(answer):
     known = (*wanted.values(), "8-bit optimizer")
     if unknown := [word for word in given.values() if word not in known]:
         return False, f"{unknown[0]!r} is none of the four: {', '.join(known)}."
-    there = "an adapter is there already"
-    wrong = [f"{n} ({why.get((n, given[n]), there)})" for n in wanted if given[n] != wanted[n]]
-    return not wrong, "look again at " + "; ".join(wrong) + "." if wrong else "each change acts on one part of the bill."
+    wrong = [f"{n} ({why.get((n, given[n]), 'an adapter is there already')})" for n in wanted if given[n] != wanted[n]]
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    return True, "each change acts on one part of the bill."
 
 
 @register("05.3", "Write merged_weight(packed, state, A, B, alpha, r), which returns the merged matrix in float32.")

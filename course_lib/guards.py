@@ -53,8 +53,8 @@ def require_gradients(model) -> None:
         raise GuardError("nothing is trainable: every weight is frozen. Was the adapter loaded with is_trainable=True?")
     if missing := [name for name, grad in trained if grad is None]:
         raise GuardError(
-            f"{len(missing)} of {len(trained)} trainable weights got no gradient (the first is {missing[0]}): what lies "
-            "between them and the loss does not pass it on."
+            f"{len(missing)} of {len(trained)} trainable weights got no gradient (the first is {missing[0]}): what "
+            "lies between them and the loss does not pass it on."
         )
     if broken := [name for name, grad in trained if not torch.isfinite(grad).all()]:
         raise GuardError(f"the gradient of {broken[0]} is not finite: lower the learning rate, or leave float16.")
@@ -62,9 +62,7 @@ def require_gradients(model) -> None:
 
 def require_full_weights(model) -> None:
     """GuardError where a layer holds 4-bit weights: an adapter that is merged into them is rounded to four bits."""
-    found = [
-        name for name, p in model.named_parameters() if getattr(p, "quant_state", None) is not None
-    ]
+    found = [name for name, p in model.named_parameters() if getattr(p, "quant_state", None) is not None]
     if found:
         raise GuardError(
             f"{len(found)} weights are held in four bits (the first is {found[0]}). Merging into them would round the "

@@ -17,7 +17,8 @@ _KEEP_PAGES = 4 << 30
 # The machine on which the minutes in `course.toml` were taken, idle: two cores of an AMD EPYC with AVX512-BF16.
 _REFERENCE_GFLOPS = 350
 
-VERSIONED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "tokenizers", "llguidance", "numpy")
+VERSIONED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "tokenizers")
+VERSIONED += ("llguidance", "numpy")
 
 
 def cores() -> int:

@@ -61,8 +61,8 @@ class Shape:
     def rest(self) -> int:
         """All others: embedding, output layer, norms, biases."""
         biases = sum(self.matrices[n][1] for n in ("q_proj", "k_proj", "v_proj")) if self.bias else 0
-        return self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden + self.blocks * (
-            2 * self.hidden + biases
+        return (
+            self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden + self.blocks * (2 * self.hidden + biases)
         )
 
     @property

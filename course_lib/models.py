@@ -323,8 +323,8 @@ def load(
 
     dtype and device default to what the hardware is good at (`hardware.dtype()`, `hardware.device()`). With
     `four_bit`, the linear layers of the blocks are held in NF4 with double quantisation, by `four_bit_backend()` or the
-    back end that it names; dtype is then that of all the rest, and of the products. Safetensors only; code that comes with a model is never run.
-    Raises ModelError with the cure.
+    back end that it names; dtype is then that of all the rest, and of the products. Safetensors only; code that comes
+    with a model is never run. Raises ModelError with the cure.
     """
     where = _where(name)  # first, so that what is wrong with the cache is said at once
 
