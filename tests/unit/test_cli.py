@@ -178,6 +178,21 @@ def test_commands_that_only_pass_on(root, stand_in, capsys):
     assert calls == [(["01_ladder"], None), (None, 2), ("1", None)]
 
 
+def test_memory(root, capsys):
+    assert cli.main(["memory"]) == 0
+    table = capsys.readouterr().out
+    for name in ("Qwen2.5-0.5B", "Qwen2.5-14B"):
+        assert re.search(rf"^{re.escape(name)} ", table, re.M)
+    assert "on t4" in table and "Assumed: batch 1, 512 tokens" in table and "*" in table
+    assert cli.main(["memory", "--model", "8B", "--method", "qlora", "--gpu", "l4", "--no-checkpointing"]) == 0
+    parts = capsys.readouterr().out
+    assert "Llama-3.1-8B, 8.03 billion" in parts and "fits l4" in parts and "checkpointing off" in parts
+    assert "lora " not in parts.split("Assumed")[0].replace("qlora", "")
+    assert cli.main(["memory", "--model", "GPT-9"]) == 2
+    assert "no shape 'GPT-9'. The known shapes are SmolLM2-135M" in capsys.readouterr().err
+    assert cli.main(["memory", "--rank", "0"]) == 2
+
+
 def test_lab_keeps_a_learners_files(root, stand_in, monkeypatch, capsys):
     stand_in("runner", kernel_environment=lambda: {"MALLOC_TRIM_THRESHOLD_": "1"})
     started = []

@@ -176,6 +176,40 @@ def test_merged_restores_bfloat16_weights_bit_for_bit(tiny_lora, fail):
     assert not any(layer.merged for layer in model.modules() if hasattr(layer, "merged"))
 
 
+@pytest.mark.parametrize("fail", [False, True])
+def test_merged_expands_four_bits_and_puts_them_back(tiny_model, tmp_path, fail):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from course_lib import models
+
+    tiny_model().save_pretrained(tmp_path)
+    model = models.load(tmp_path, dtype=torch.float32, device="cpu", four_bit="bitsandbytes")
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    ids = torch.arange(3, 43).reshape(2, 20)
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        wanted = model(ids).logits
+        try:
+            with evaluation.merged(model):
+                found = model(ids).logits
+                inside = [m for m in model.modules() if hasattr(m, "quant_state")]
+                if fail:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            assert fail
+        again = model(ids).logits
+    assert not inside, "the products inside are plain ones"
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert torch.equal(again, wanted)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert not any(layer.merged for layer in model.modules() if hasattr(layer, "merged"))
+
+
 def test_merged_leaves_a_model_without_adapter_alone(tiny_model):
     model = tiny_model()
     with evaluation.merged(model) as inside:

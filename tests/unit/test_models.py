@@ -387,6 +387,61 @@ def test_an_adapter_on_top(tiny, tmp_path):
         models.load(tiny, adapter=tmp_path / "nothing")
 
 
+def test_a_folder_loads_in_four_bits(tiny):
+    import torch
+
+    model = models.load(tiny, dtype=torch.float32, device="cpu", four_bit="bitsandbytes")
+    packed = {name for name, p in model.named_parameters() if hasattr(p, "quant_state")}
+    assert len(packed) == 14 and all("proj" in name for name in packed)
+    states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+    assert all(state.quant_type == "nf4" and state.nested and state.blocksize == 64 for state in states)
+    assert model.lm_head.weight.dtype == torch.float32 and not model.training
+    whole = models.load(tiny, dtype=torch.float32, device="cpu")
+    near = (logits(model, [1, 2, 3]) - logits(whole, [1, 2, 3])).norm() / logits(whole, [1, 2, 3]).norm()
+    assert 0 < near < 0.3  # layers of 32 and 48: only a model that is never repacked answers at all
+
+
+def test_who_holds_four_bits(monkeypatch):
+    import importlib.util
+
+    from course_lib import hardware
+
+    there = {"unsloth": False}
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: there[name] or None if name in there else real(name, *a)
+    )
+    monkeypatch.delenv("COURSE_FOUR_BIT", raising=False)
+    for installed, device, wanted in (
+        (False, "cpu", "bitsandbytes"), (False, "cuda", "bitsandbytes"), (True, "cpu", "bitsandbytes"),
+        (True, "cuda", "unsloth"),
+    ):  # fmt: skip
+        there["unsloth"] = installed
+        monkeypatch.setattr(hardware, "device", lambda device=device: device)
+        assert models.four_bit_backend() == wanted
+    monkeypatch.setenv("COURSE_FOUR_BIT", "bitsandbytes")
+    assert models.four_bit_backend() == "bitsandbytes"
+    monkeypatch.setenv("COURSE_FOUR_BIT", "gptq")
+    with pytest.raises(ModelError, match="'gptq'.*unsloth, bitsandbytes"):
+        models.four_bit_backend()
+    there["unsloth"] = False
+    monkeypatch.setenv("COURSE_FOUR_BIT", "unsloth")
+    with pytest.raises(ModelError, match="unsloth is not installed"):
+        models.four_bit_backend()
+
+
+def test_bitsandbytes_says_nothing_of_a_kernel_that_is_not_needed(caplog):
+    import logging
+
+    import course_lib  # noqa: F401  (puts the filter in place)
+
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with caplog.at_level(logging.WARNING, logger=log.name):
+        log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no module")
+        log.warning("something else")
+    assert [entry.getMessage() for entry in caplog.records] == ["something else"]
+
+
 def test_pickled_weights_are_refused(tiny, tmp_path):
     import torch
 

@@ -68,7 +68,7 @@ def test_examples_ask_for_the_customers_words_for_the_date():
 
 def test_a_method_that_does_not_exist_is_refused(place):
     place["other"]["method"] = "lroa"
-    with pytest.raises(CourseError, match="lroa.*lora, dora, full"):
+    with pytest.raises(CourseError, match="lroa.*lora, dora, qlora, full"):
         recipes.settings("other", "ci")
 
 
@@ -287,8 +287,8 @@ def test_full_training_moves_float32_weights_and_gives_the_hardwares_dtype_back(
     place["other"] |= {"method": "full", "epochs": 1, "train": 4}
     monkeypatch.setattr(hardware, "device", lambda: "cpu")
     monkeypatch.setattr(hardware, "dtype", lambda: torch.bfloat16)
-    monkeypatch.setattr(models, "load", lambda dtype: tiny_model(dtype=dtype))
-    monkeypatch.setattr(models, "load_tokenizer", lambda: tiny_tokenizer)
+    monkeypatch.setattr(models, "load", lambda name, dtype: tiny_model(dtype=dtype))
+    monkeypatch.setattr(models, "load_tokenizer", lambda name: tiny_tokenizer)
     monkeypatch.setattr(tickets, "load", lambda split, n: [RECORD] * n)
     model, trainer = recipes.prepare("other", "ci", max_steps=2, logging_steps=1)
     assert trainer.args.bf16 and {p.dtype for p in model.parameters()} == {torch.float32}
@@ -299,6 +299,54 @@ def test_full_training_moves_float32_weights_and_gives_the_hardwares_dtype_back(
     used = recipes.for_use(model)
     assert used is model and used.dtype == torch.bfloat16 and not used.training
     assert used(torch.arange(3, 9)[None]).logits.dtype == torch.bfloat16  # no mixed precision is left around it
+
+
+@pytest.fixture
+def four_bit_base(tiny_model, tiny_tokenizer, tmp_path, monkeypatch, place):
+    """The recipe `other` as QLoRA on a folder that holds the tiny model; returns the folder."""
+    folder = tmp_path / "tiny"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    place["other"] |= {"method": "qlora", "epochs": 1, "train": 4, "base": str(folder)}
+    monkeypatch.setattr(hardware, "device", lambda: "cpu")
+    monkeypatch.setattr(tickets, "load", lambda split, n: [RECORD] * n)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_qlora_trains_an_adapter_over_four_bits_and_comes_back_from_the_cache(four_bit_base, monkeypatch, dtype):
+    import torch
+
+    from course_lib import guards
+
+    wanted = getattr(torch, dtype)
+    monkeypatch.setattr(hardware, "dtype", lambda: wanted)
+    model, trainer = recipes.prepare("other", "ci", max_steps=2, logging_steps=1)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {wanted}  # TRL makes bfloat16 of them
+    frozen = [p for p in model.parameters() if hasattr(p, "quant_state")]
+    before = [p.detach().clone() for p in frozen]
+    assert len(frozen) == 14 and {p.dtype for p in frozen} == {torch.uint8}
+    trainer.train()
+    assert len(recipes.losses(trainer)) == 2 and not guards.repacked(model)
+    assert all(torch.equal(p, q) for p, q in zip(frozen, before, strict=True))
+    folder = recipes.keep(recipes.for_use(model), "other", "ci", 0, {"losses": []})
+    assert recipes.adapter("other", "ci") == folder
+    loaded = recipes.load("other", "ci")
+    assert any(hasattr(p, "quant_state") for p in loaded.parameters())
+    assert same_logits(loaded, model)
+
+
+def test_a_base_of_the_hub_keeps_its_name(tiny_lora, tmp_path):
+    model = tiny_lora()
+    model.peft_config["default"].base_model_name_or_path = "Qwen/Qwen2.5-1.5B-Instruct"
+    config = json.loads((recipes.save(model, tmp_path / "a") / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "Qwen/Qwen2.5-1.5B-Instruct"
+
+
+def test_the_key_of_qlora_holds_who_keeps_the_four_bits(four_bit_base, monkeypatch):
+    before = recipes.key("other", "ci", 0)
+    monkeypatch.setattr(models, "four_bit_backend", lambda: "unsloth")
+    assert recipes.key("other", "ci", 0) != before
 
 
 def test_the_trainer_learns_and_takes_the_end_token_into_the_loss(tiny_model, tiny_tokenizer, monkeypatch):
