@@ -241,7 +241,8 @@ def save(model, folder: Path, about: dict | None = None) -> Path:
         model.save_pretrained(work, safe_serialization=True)
         if (work / "adapter_config.json").exists():
             config = json.loads((work / "adapter_config.json").read_text())
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.get("base_model_name_or_path") or ""):  # no name of the hub
+            name = config.get("base_model_name_or_path") or ""
+            if name == str(models.base_path()) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):  # no name of the hub
                 config["base_model_name_or_path"] = models.BASE_NAME
             (work / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
         (work / "README.md").unlink(missing_ok=True)  # a card with empty fields says less than none
