@@ -58,7 +58,7 @@ def _merged_in_full(layers):
     import torch
     from bitsandbytes.functional import dequantize_4bit
 
-    if any(layer.lora_variant for layer in layers):  # DoRA and the like: left beside the base, slower and as right
+    if any(getattr(layer, "lora_variant", True) for layer in layers):  # no plain LoRA: left beside, slower and as right
         yield
         return
     kept = [(layer, layer.base_layer) for layer in layers]
@@ -66,7 +66,8 @@ def _merged_in_full(layers):
         with torch.no_grad():
             for layer, base in kept:
                 full = torch.nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-                weight = dequantize_4bit(base.weight.data, base.weight.quant_state)
+                state = getattr(base.weight, "quant_state", None)
+                weight = base.weight.data if state is None else dequantize_4bit(base.weight.data, state)
                 delta = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
                 full.weight = torch.nn.Parameter((weight.float() + delta.float()).to(weight.dtype), requires_grad=False)
                 full.bias = base.bias
