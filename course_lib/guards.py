@@ -27,11 +27,9 @@ def keep_unpacked(model) -> int:
 
 def repacked(model) -> list[str]:
     """Names of the layers whose 4-bit weights were repacked."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False)
-    ]
+    layers = ((name, m) for name, m in model.named_modules() if hasattr(m, "support_avx512bf16_for_cpu"))
+    states = ((name, getattr(layer.weight, "quant_state", None)) for name, layer in layers)
+    return [name for name, state in states if getattr(state, "packing_format_for_cpu", False)]
 
 
 def require_unpacked(model) -> None:
