@@ -69,6 +69,14 @@ class Shape:
     def parameters(self) -> int:
         return self.linear + self.rest
 
+    @property
+    def tensors(self) -> list[int]:
+        """Sizes of all weights one by one, norms and biases taken as vectors of the model's width."""
+        embedding = [self.vocab * self.hidden] * (1 if self.tied else 2)
+        vectors, left = divmod(self.rest - sum(embedding), self.hidden)
+        matrices = [d_in * d_out for d_in, d_out in self.matrices.values()] * self.blocks
+        return matrices + embedding + [self.hidden] * vectors + [left] * (left > 0)
+
     def adapter(self, rank: int) -> list[int]:
         """Weights of each thin matrix of a LoRA on all linear layers of the blocks."""
         return [rank * d for _ in range(self.blocks) for pair in self.matrices.values() for d in pair]
@@ -97,7 +105,7 @@ TABLE = ("Qwen2.5-0.5B", "SmolLM2-1.7B", "Qwen2.5-3B", "Qwen2.5-7B", "Llama-3.1-
 def shape(name: str) -> Shape:
     """A known shape by name, without regard to case, by its size where that is unique ("14B"), or from the
     `config.json` of a folder. CourseError, with the list of known ones, for any other."""
-    if (folder := Path(name)).is_dir():
+    if name and (folder := Path(name)).is_dir():
         return _from_config(folder)
     wanted = name.lower().split("/")[-1].removesuffix("-instruct")
     found = [s for key, s in SHAPES.items() if wanted in (key.lower(), key.lower().rpartition("-")[2])]
@@ -173,7 +181,7 @@ def plan(
             raise CourseError(f"{name} {value}: a whole number of at least 1 is wanted.")
     rotary = 2 * 4 * (s.head_dim or s.hidden // s.heads) // 2  # the frequencies are kept twice, in float32
     if method == "full":
-        trained, width, frozen, tables = [s.parameters], 4, 0, 0
+        trained, width, frozen, tables = s.tensors, 4, 0, 0
     else:
         trained, width = s.adapter(rank), adapter_bytes
         frozen, tables = base_bytes * s.parameters, 0

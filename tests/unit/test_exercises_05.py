@@ -49,7 +49,7 @@ def test_right_bits(capsys, answer):
         (lambda block, group=None: solution(block) if group is None else 4 + 8 / block + 32 / group, "of scales"),
         (lambda block, group=None: 4 + (32 if group is None else 40) / block, "whole group"),
         (lambda block, group=None: 4 + 32 / block, "eight bits"),
-        (lambda block, group=None: 4.5, "is not the count"),
+        (lambda block, group=None: 4.7, "is not the count"),
         (lambda block: 4 + 32 / block, "could not use your answer"),
     ],
 )
