@@ -327,6 +327,7 @@ def load(name: str | Path | None = None, dtype=None, adapter: str | Path | None 
     from course_lib import hardware
 
     device = device or hardware.device()
+    hardware.spare_imports()
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
