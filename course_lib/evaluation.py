@@ -109,6 +109,55 @@ def _shared(rows: list[list[int]]) -> int:
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
+def _read(model, cache, rows: list[list[int]], shared: int, batch_size: int = 20) -> None:
+    """Put all tokens but the last of each row into `cache`: the `shared` ones, padding, and what is left of the row.
+
+    What is shared is read once. The rows, longest first, are read a few at a time, each padded to its neighbours'
+    length alone: a third less work than all of them together, and less memory.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    known = DynamicCache()
+    if shared:
+        model(input_ids=torch.tensor([rows[0][:shared]]), past_key_values=known, use_cache=True)
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        some = rows[start : start + batch_size]
+        part = DynamicCache()
+        for i, layer in enumerate(known.layers):
+            part.update(*(t.expand(len(some), -1, -1, -1) for t in (layer.keys, layer.values)), i)
+        ids, mask = _padded([row[:-1] for row in some], shared, 0)
+        places = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+        if ids.shape[1] > shared:
+            model(ids[:, shared:], attention_mask=mask, position_ids=places, past_key_values=part, use_cache=True)
+        parts.append(part)
+    width = len(rows[0]) - 1
+    for i in range(model.config.num_hidden_layers):
+        both = []
+        for kind in ("keys", "values"):
+            found = [getattr(part.layers[i], kind) for part in parts]
+            whole = found[0].new_zeros(len(rows), found[0].shape[1], width, found[0].shape[3])
+            for n, t in enumerate(found):
+                here = whole[n * batch_size : n * batch_size + len(t)]
+                here[:, :, :shared] = t[:, :, :shared]
+                here[:, :, width - (t.shape[2] - shared) :] = t[:, :, shared:]
+            both.append(whole)
+        cache.update(*both, i)
+        for part in parts:
+            part.layers[i] = None  # a gigabyte is not kept twice
+
+
+def _padded(rows: list[list[int]], shared: int, pad: int):
+    """(ids, mask), tensors of (rows, longest): padding stands after the `shared` tokens, before the others."""
+    import torch
+
+    pads = [max(map(len, rows)) - len(row) for row in rows]
+    ids = [row[:shared] + [pad] * n + row[shared:] for row, n in zip(rows, pads, strict=True)]
+    mask = [[1] * shared + [0] * n + [1] * (len(row) - shared) for row, n in zip(rows, pads, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
 def generate(
     model,
     tokenizer,
@@ -150,31 +199,24 @@ def generate(
     with torch.inference_mode(), merged(model):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         shared = _shared(rows) if base.device.type == "cpu" and len(rows) > 1 else 0
-        prefix = None
-        if shared >= 16:
-            prefix = StaticCache(base.config, max_cache_len=shared)
-            base.model(input_ids=torch.tensor([rows[0][:shared]]), past_key_values=prefix, use_cache=True)
+        shared = shared if shared >= 16 else 0
+        pad = tokenizer.pad_token_id
         for start in range(0, len(order), batch_size):
             picked = order[start : start + batch_size]
-            width = max(len(rows[i]) for i in picked)
-            pads = [width - len(rows[i]) for i in picked]
-            skip = shared if prefix is not None else 0
-            pad = tokenizer.pad_token_id
-            ids = [rows[i][:skip] + [pad] * n + rows[i][skip:] for i, n in zip(picked, pads, strict=True)]
-            mask = [[1] * skip + [0] * n + [1] * (len(rows[i]) - skip) for i, n in zip(picked, pads, strict=True)]
+            some = [rows[i] for i in picked]
+            ids, mask = (t.to(base.device) for t in _padded(some, shared, pad))
+            width = ids.shape[1]
             extra = dict(sampling)
             if base.device.type == "cpu":
                 # Memory that is taken once: a cache that grows is copied whole for every new token, and each of its
                 # lengths makes PyTorch prepare its matrix products anew. Half of a step is saved.
                 cache = extra["past_key_values"] = StaticCache(base.config, max_cache_len=width + max_new_tokens)
-                if prefix is not None:
-                    for layer, known in zip(cache.layers, prefix.layers, strict=True):
-                        layer.update(*(t.expand(len(picked), -1, -1, -1) for t in (known.keys, known.values)))
+                _read(base.model, cache, some, shared)
             if processors is not None:
                 extra["logits_processor"] = processors(picked)
             out = base.generate(
-                input_ids=torch.tensor(ids, device=base.device),
-                attention_mask=torch.tensor(mask, device=base.device),
+                input_ids=ids,
+                attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=end,
                 pad_token_id=pad,

@@ -32,7 +32,10 @@ def _inputs(cells, lesson, profile):
     code = [cell.source for cell in cells if cell.cell_type == "code" and not injected(cell)]
     tables = {key: value for key, value in profiles.index().items() if key not in ("course", "lesson", "recipes")}
     used = {*lesson.get("recipes", ()), *lesson.get("introduces", ())}
-    tables["recipes"] = {name: table for name, table in profiles.index().get("recipes", {}).items() if name in used}
+    for name, recipe in profiles.index().get("recipes", {}).items():
+        if name in used:
+            settings = {key: value for key, value in recipe.items() if key not in ("minutes", "sweeps", "sizes")}
+            tables[f"recipe {name}"] = settings | {"sizes": recipe.get("sizes", {}).get(profile)}
     of_lesson = [
         vars(profiles.sizes(lesson, profile)),
         lesson.get("bands", {}).get(profile),

@@ -335,7 +335,7 @@ def _without_progress(text):
 
 
 def _clean_outputs(cell):
-    """Drops progress bars and widgets, joins what one stream said in pieces."""
+    """Drops progress bars, widgets and addresses in memory, joins what one stream said in pieces."""
     kept = []
     for out in cell.outputs:
         if out.get("name") == "stderr":
@@ -347,6 +347,9 @@ def _clean_outputs(cell):
             continue
         if out.output_type == "execute_result":
             out.execution_count = cell.execution_count
+        data = out.get("data", {})
+        if len(data) > 1 and "text/plain" in data:  # beside a table it is an object's name, with its address in memory
+            data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", data["text/plain"])
         kept.append(out)
     return kept
 

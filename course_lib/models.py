@@ -335,6 +335,7 @@ def load(
     from course_lib import guards, hardware
 
     device, dtype = device or hardware.device(), dtype or hardware.dtype()
+    hardware.spare_imports()
     logging.disable_progress_bar()
     options = {"dtype": dtype, "use_safetensors": True}
     options["attn_implementation"] = _register_attention() if device == "cpu" else "sdpa"

@@ -79,3 +79,15 @@ def tiny_lora(tiny_model):
         return model.eval()
 
     return build
+
+
+@pytest.fixture
+def said(capsys):
+    """What the check of an exercise prints about an answer: said(exercise, answer)."""
+    from course_lib import exercises
+
+    def check(exercise, answer):
+        exercises.check(exercise, answer)
+        return capsys.readouterr().out.strip()
+
+    return check

@@ -63,6 +63,17 @@ def test_adapter_answers_equal_transformers_alone(tiny_model, tiny_lora, tiny_to
     assert [a.text for a in answers] != [a.text for a in base]  # the adapter matters, or this test would say nothing
 
 
+def test_the_frozen_output_layer_is_not_copied_for_every_row(tiny_lora, tiny_tokenizer):
+    """A matrix product with a slice of the prompts' states would copy frozen weights once a row: gigabytes."""
+    model, seen = tiny_lora(), []
+    head = model.get_base_model().lm_head
+    assert not head.weight.requires_grad
+    hook = head.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    evaluation.generate(model, tiny_tokenizer, prompts(), max_new_tokens=4)
+    hook.remove()
+    assert seen and all(states.is_contiguous() and states.shape[1] == 1 for states in seen)
+
+
 def forced(step_by_row, token=2):
     """Processors that write `token` at the given new token (from 0) of each row, and never before."""
     import torch

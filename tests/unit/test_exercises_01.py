@@ -16,26 +16,21 @@ RIGHT = {
 }
 
 
-def said(capsys, exercise, answer):
-    exercises.check(exercise, answer)
-    return capsys.readouterr().out.strip()
+@pytest.mark.parametrize("exercise", RIGHT)
+def test_untouched_says_what_is_expected(said, exercise):
+    assert said(exercise, DOTS[exercise]) == f"{exercise}  to do: {exercises.CHECKS[exercise][0]}"
 
 
 @pytest.mark.parametrize("exercise", RIGHT)
-def test_untouched_says_what_is_expected(capsys, exercise):
-    assert said(capsys, exercise, DOTS[exercise]) == f"{exercise}  to do: {exercises.CHECKS[exercise][0]}"
-
-
-@pytest.mark.parametrize("exercise", RIGHT)
-def test_the_solution_is_right(capsys, exercise):
-    assert said(capsys, exercise, RIGHT[exercise]).startswith(f"{exercise}  right: ")
+def test_the_solution_is_right(said, exercise):
+    assert said(exercise, RIGHT[exercise]).startswith(f"{exercise}  right: ")
 
 
 @pytest.mark.parametrize("exercise", ["01.1", "01.2"])
-def test_half_done_is_named_and_not_wrong(capsys, exercise):
+def test_half_done_is_named_and_not_wrong(said, exercise):
     first, *others = RIGHT[exercise]
     half = DOTS[exercise] | {first: RIGHT[exercise][first]}
-    assert said(capsys, exercise, half) == f"{exercise}  to do: {', '.join(others)} still to be filled in."
+    assert said(exercise, half) == f"{exercise}  to do: {', '.join(others)} still to be filled in."
 
 
 @pytest.mark.parametrize(
@@ -51,13 +46,13 @@ def test_half_done_is_named_and_not_wrong(capsys, exercise):
         ({"c": 3}, "measured already"),
     ],
 )
-def test_wrong_rungs(capsys, change, hint):
-    answer = said(capsys, "01.1", RIGHT["01.1"] | change)
+def test_wrong_rungs(said, change, hint):
+    answer = said("01.1", RIGHT["01.1"] | change)
     assert answer.startswith(f"01.1  not yet: look again at {list(change)[0]} (") and hint in answer
 
 
-def test_spelling_of_a_rung_is_no_trap(capsys):
-    assert "right" in said(capsys, "01.1", {"a": " Retrieval", "b": "GRAMMAR", "c": "LoRA"})
+def test_spelling_of_a_rung_is_no_trap(said):
+    assert "right" in said("01.1", {"a": " Retrieval", "b": "GRAMMAR", "c": "LoRA"})
 
 
 @pytest.mark.parametrize(
@@ -75,8 +70,8 @@ def test_spelling_of_a_rung_is_no_trap(capsys):
         ({"larger_model": "cheap", "lora": 7}, "look again at larger_model, lora"),
     ],
 )
-def test_wrong_costs(capsys, change, hint):
-    answer = said(capsys, "01.2", RIGHT["01.2"] | change)
+def test_wrong_costs(said, change, hint):
+    answer = said("01.2", RIGHT["01.2"] | change)
     assert answer.startswith("01.2  not yet: ") and hint in answer
 
 
@@ -91,14 +86,14 @@ def test_wrong_costs(capsys, change, hint):
         (0.57, "not in the table"),
     ],
 )
-def test_wrong_stops(capsys, rung, hint):
-    answer = said(capsys, "01.3", rung)
+def test_wrong_stops(said, rung, hint):
+    answer = said("01.3", rung)
     assert answer.startswith("01.3  not yet: ") and hint in answer
 
 
 @pytest.mark.parametrize("exercise", ["01.1", "01.2"])
-def test_other_names_are_refused_with_the_right_ones(capsys, exercise):
-    answer = said(capsys, exercise, {"x": 1})
+def test_other_names_are_refused_with_the_right_ones(said, exercise):
+    answer = said(exercise, {"x": 1})
     assert "not yet: the check could not use your answer" in answer and ", ".join(RIGHT[exercise]) in answer
 
 

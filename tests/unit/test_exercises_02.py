@@ -37,31 +37,26 @@ RIGHT = {
 }
 
 
-def said(capsys, exercise, answer):
-    exercises.check(exercise, answer)
-    return capsys.readouterr().out.strip()
+@pytest.mark.parametrize("exercise", RIGHT)
+def test_untouched_says_what_is_expected(said, exercise):
+    assert said(exercise, DOTS[exercise]) == f"{exercise}  to do: {exercises.CHECKS[exercise][0]}"
 
 
 @pytest.mark.parametrize("exercise", RIGHT)
-def test_untouched_says_what_is_expected(capsys, exercise):
-    assert said(capsys, exercise, DOTS[exercise]) == f"{exercise}  to do: {exercises.CHECKS[exercise][0]}"
-
-
-@pytest.mark.parametrize("exercise", RIGHT)
-def test_the_solution_is_right(capsys, exercise):
-    assert said(capsys, exercise, RIGHT[exercise]).startswith(f"{exercise}  right: ")
+def test_the_solution_is_right(said, exercise):
+    assert said(exercise, RIGHT[exercise]).startswith(f"{exercise}  right: ")
 
 
 @pytest.mark.parametrize("exercise", ["02.1", "02.3"])
-def test_half_done_is_named_and_not_wrong(capsys, exercise):
+def test_half_done_is_named_and_not_wrong(said, exercise):
     first, *others = RIGHT[exercise]
     half = DOTS[exercise] | {first: RIGHT[exercise][first]}
-    assert said(capsys, exercise, half) == f"{exercise}  to do: {', '.join(others)} still to be filled in."
+    assert said(exercise, half) == f"{exercise}  to do: {', '.join(others)} still to be filled in."
 
 
-def test_rounded_numbers_are_right(capsys):
+def test_rounded_numbers_are_right(said):
     rounded = {"observed": 0.90, "expected": 0.80, "kappa": 0.489, "passes": False}
-    assert "right" in said(capsys, "02.1", rounded)
+    assert "right" in said("02.1", rounded)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +74,8 @@ def test_rounded_numbers_are_right(capsys):
         ({"passes": "no"}, "True or False"),
     ],
 )
-def test_wrong_agreements(capsys, change, hint):
-    answer = said(capsys, "02.1", RIGHT["02.1"] | change)
+def test_wrong_agreements(said, change, hint):
+    answer = said("02.1", RIGHT["02.1"] | change)
     assert answer.startswith("02.1  not yet: ") and hint in answer
 
 
@@ -93,8 +88,8 @@ def test_wrong_agreements(capsys, change, hint):
         lambda text, item: len(word_runs(item, 3) & word_runs(text, 3)) / len(word_runs(item, 3)) > 0.55,
     ],
 )
-def test_other_right_searches_pass(capsys, leaks):
-    assert "right" in said(capsys, "02.2", leaks)
+def test_other_right_searches_pass(said, leaks):
+    assert "right" in said("02.2", leaks)
 
 
 @pytest.mark.parametrize(
@@ -115,13 +110,13 @@ def test_other_right_searches_pass(capsys, leaks):
         (lambda text, item: len(word_runs(item, 1) & word_runs(text, 1)) >= 5, "stock phrase"),
     ],
 )
-def test_searches_that_miss(capsys, leaks, hint):
-    answer = said(capsys, "02.2", leaks)
+def test_searches_that_miss(said, leaks, hint):
+    answer = said("02.2", leaks)
     assert answer.startswith("02.2  not yet: ") and hint in answer
 
 
-def test_a_result_instead_of_a_function(capsys):
-    assert "a function of a text" in said(capsys, "02.2", True)
+def test_a_result_instead_of_a_function(said):
+    assert "a function of a text" in said("02.2", True)
 
 
 @pytest.mark.parametrize(
@@ -136,11 +131,11 @@ def test_a_result_instead_of_a_function(capsys):
         ({"examples": 20, "tokens": 7}, "look again at examples, tokens"),
     ],
 )
-def test_wrong_doses(capsys, change, hint):
-    answer = said(capsys, "02.3", RIGHT["02.3"] | change)
+def test_wrong_doses(said, change, hint):
+    answer = said("02.3", RIGHT["02.3"] | change)
     assert answer.startswith("02.3  not yet: ") and hint in answer
 
 
 @pytest.mark.parametrize("exercise", ["02.1", "02.3"])
-def test_other_names_are_refused_with_the_right_ones(capsys, exercise):
-    assert ", ".join(RIGHT[exercise]) in said(capsys, exercise, {"x": 1})
+def test_other_names_are_refused_with_the_right_ones(said, exercise):
+    assert ", ".join(RIGHT[exercise]) in said(exercise, {"x": 1})

@@ -25,34 +25,29 @@ RIGHT = {
 }
 
 
-def said(capsys, exercise, answer):
-    exercises.check(exercise, answer)
-    return capsys.readouterr().out.strip()
+@pytest.mark.parametrize("exercise", RIGHT)
+def test_untouched_says_what_is_expected(said, exercise):
+    assert said(exercise, DOTS[exercise]) == f"{exercise}  to do: {exercises.CHECKS[exercise][0]}"
 
 
 @pytest.mark.parametrize("exercise", RIGHT)
-def test_untouched_says_what_is_expected(capsys, exercise):
-    assert said(capsys, exercise, DOTS[exercise]) == f"{exercise}  to do: {exercises.CHECKS[exercise][0]}"
-
-
-@pytest.mark.parametrize("exercise", RIGHT)
-def test_the_solution_is_right(capsys, exercise):
-    assert said(capsys, exercise, RIGHT[exercise]).startswith(f"{exercise}  right: ")
+def test_the_solution_is_right(said, exercise):
+    assert said(exercise, RIGHT[exercise]).startswith(f"{exercise}  right: ")
 
 
 @pytest.mark.parametrize("exercise", ["03.3", "03.4"])
-def test_half_done_is_named_and_not_wrong(capsys, exercise):
+def test_half_done_is_named_and_not_wrong(said, exercise):
     first, *others = RIGHT[exercise]
     half = DOTS[exercise] | {first: RIGHT[exercise][first]}
-    assert said(capsys, exercise, half) == f"{exercise}  to do: {', '.join(others)} still to be filled in."
+    assert said(exercise, half) == f"{exercise}  to do: {', '.join(others)} still to be filled in."
 
 
-def test_labels_may_be_a_tensor_or_an_array(capsys):
+def test_labels_may_be_a_tensor_or_an_array(said):
     import numpy as np
     import torch
 
     for kind in (np.array, torch.tensor, tuple):
-        assert "03.1  right" in said(capsys, "03.1", lambda *row, kind=kind: kind(right(*row)))
+        assert "03.1  right" in said("03.1", lambda *row, kind=kind: kind(right(*row)))
 
 
 def pad_hidden(ids, prompt_length, length):
@@ -89,21 +84,21 @@ def cut(ids, prompt_length, length):
         (lambda *row: None, "could not use your answer"),
     ],
 )
-def test_wrong_labels(capsys, function, hint):
-    answer = said(capsys, "03.1", function)
+def test_wrong_labels(said, function, hint):
+    answer = said("03.1", function)
     assert answer.startswith("03.1  not yet: ") and hint in answer
 
 
-def test_any_rounding_of_the_right_loss_is_right(capsys):
+def test_any_rounding_of_the_right_loss_is_right(said):
     for value in (0.44, 44 / 100, "0.44", 0.4400001):
-        assert "03.2  right" in said(capsys, "03.2", value)
+        assert "03.2  right" in said("03.2", value)
 
 
 @pytest.mark.parametrize(
     ("value", "hint"), [(0.725, "mean of the four means"), (44, "sum over all"), (2.9, "sum of the means"), (0.5, "")]
 )
-def test_wrong_losses(capsys, value, hint):
-    answer = said(capsys, "03.2", value)
+def test_wrong_losses(said, value, hint):
+    answer = said("03.2", value)
     assert answer.startswith("03.2  not yet: ") and hint in answer
 
 
@@ -118,8 +113,8 @@ def test_wrong_losses(capsys, value, hint):
         ({"ends": "400"}, "count again"),
     ],
 )
-def test_wrong_stops(capsys, change, hint):
-    answer = said(capsys, "03.3", RIGHT["03.3"] | change)
+def test_wrong_stops(said, change, hint):
+    answer = said("03.3", RIGHT["03.3"] | change)
     assert answer.startswith("03.3  not yet: ") and hint in answer
 
 
@@ -149,10 +144,10 @@ def test_the_callback_of_transformers_stops_where_the_exercise_says():
         ({"d": "fine"}, "'fine' is none of the four"),
     ],
 )
-def test_wrong_diagnoses(capsys, change, hint):
-    answer = said(capsys, "03.4", RIGHT["03.4"] | change)
+def test_wrong_diagnoses(said, change, hint):
+    answer = said("03.4", RIGHT["03.4"] | change)
     assert answer.startswith("03.4  not yet: ") and hint in answer
 
 
-def test_spelling_of_a_diagnosis_is_no_trap(capsys):
-    assert "03.4  right" in said(capsys, "03.4", RIGHT["03.4"] | {"a": " Weights  FROZEN "})
+def test_spelling_of_a_diagnosis_is_no_trap(said):
+    assert "03.4  right" in said("03.4", RIGHT["03.4"] | {"a": " Weights  FROZEN "})

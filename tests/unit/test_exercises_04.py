@@ -17,11 +17,6 @@ SHAPES = {
 INTERVALS = {"a": "better", "b": "cannot tell", "c": "no large difference", "d": "worse"}
 
 
-def said(capsys, exercise, answer):
-    exercises.check(exercise, answer)
-    return capsys.readouterr().out.strip()
-
-
 def untouched(*_, **__):
     raise NotImplementedError
 
@@ -29,8 +24,8 @@ def untouched(*_, **__):
 @pytest.mark.parametrize(
     ("exercise", "dots"), [("04.1", untouched), ("04.2", untouched), ("04.3", dict.fromkeys(INTERVALS, ...))]
 )
-def test_untouched_says_what_is_expected(capsys, exercise, dots):
-    assert said(capsys, exercise, dots) == f"{exercise}  to do: {exercises.CHECKS[exercise][0]}"
+def test_untouched_says_what_is_expected(said, exercise, dots):
+    assert said(exercise, dots) == f"{exercise}  to do: {exercises.CHECKS[exercise][0]}"
 
 
 # --- 04.1 ------------------------------------------------------------------------------------------------------------
@@ -52,8 +47,8 @@ def spelled_out(targets, r, dora=False):
 
 
 @pytest.mark.parametrize("answer", [solution, spelled_out])
-def test_right_counts(capsys, answer):
-    assert said(capsys, "04.1", answer).startswith("04.1  right: ")
+def test_right_counts(said, answer):
+    assert said("04.1", answer).startswith("04.1  right: ")
 
 
 def test_the_solution_is_what_peft_counts():
@@ -93,8 +88,8 @@ def wide_keys(targets, r, dora=False):
         (1234, "could not use your answer"),
     ],
 )
-def test_wrong_counts(capsys, answer, hint):
-    found = said(capsys, "04.1", answer)
+def test_wrong_counts(said, answer, hint):
+    found = said("04.1", answer)
     assert found.startswith("04.1  not yet: ") and hint in found
 
 
@@ -126,12 +121,12 @@ def einsum(W, A, B, s):
 
 
 @pytest.mark.parametrize("answer", [thin, row_by_row])
-def test_right_lengths(capsys, answer):
-    assert said(capsys, "04.2", answer).startswith("04.2  right: ")
+def test_right_lengths(said, answer):
+    assert said("04.2", answer).startswith("04.2  right: ")
 
 
-def test_right_values_by_einsum_are_never_called_wrong(capsys):
-    assert "the values are others" not in said(capsys, "04.2", einsum)
+def test_right_values_by_einsum_are_never_called_wrong(said):
+    assert "the values are others" not in said("04.2", einsum)
 
 
 @pytest.mark.parametrize(
@@ -158,21 +153,21 @@ def test_right_values_by_einsum_are_never_called_wrong(capsys):
         (lambda W, A, B, s: W[:, 0], "the values are others"),
     ],
 )
-def test_wrong_lengths(capsys, answer, hint):
-    found = said(capsys, "04.2", answer)
+def test_wrong_lengths(said, answer, hint):
+    found = said("04.2", answer)
     assert found.startswith("04.2  not yet: ") and hint in found
 
 
 # --- 04.3 ------------------------------------------------------------------------------------------------------------
 
 
-def test_right_readings(capsys):
-    assert said(capsys, "04.3", INTERVALS).startswith("04.3  right: ")
-    assert said(capsys, "04.3", INTERVALS | {"c": " No  large difference"}).startswith("04.3  right: ")
+def test_right_readings(said):
+    assert said("04.3", INTERVALS).startswith("04.3  right: ")
+    assert said("04.3", INTERVALS | {"c": " No  large difference"}).startswith("04.3  right: ")
 
 
-def test_half_read_is_named(capsys):
-    assert said(capsys, "04.3", dict.fromkeys(INTERVALS, ...) | {"a": "better"}) == (
+def test_half_read_is_named(said):
+    assert said("04.3", dict.fromkeys(INTERVALS, ...) | {"a": "better"}) == (
         "04.3  to do: b, c, d still to be filled in."
     )
 
@@ -188,6 +183,6 @@ def test_half_read_is_named(capsys):
         ({"d": None}, "which side"),
     ],
 )
-def test_wrong_readings(capsys, change, hint):
-    found = said(capsys, "04.3", INTERVALS | change)
+def test_wrong_readings(said, change, hint):
+    found = said("04.3", INTERVALS | change)
     assert found.startswith("04.3  not yet: ") and hint in found

@@ -4,12 +4,6 @@ import pytest
 
 from course_lib import exercises
 
-
-def said(capsys, exercise, answer):
-    exercises.check(exercise, answer)
-    return capsys.readouterr().out.strip()
-
-
 RECORD = {
     "intent": "buy",
     "items": [{"product": "bed sheet", "quantity": 12}],
@@ -40,20 +34,20 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("exercise", UNTOUCHED)
-def test_untouched_says_what_is_expected(capsys, exercise):
-    assert said(capsys, exercise, UNTOUCHED[exercise]) == f"{exercise}  to do: {exercises.CHECKS[exercise][0]}"
+def test_untouched_says_what_is_expected(said, exercise):
+    assert said(exercise, UNTOUCHED[exercise]) == f"{exercise}  to do: {exercises.CHECKS[exercise][0]}"
 
 
-def test_half_done_is_not_wrong(capsys):
-    assert "to do: Some fields still hold dots." in said(capsys, "00.1", UNTOUCHED["00.1"] | {"intent": "buy"})
+def test_half_done_is_not_wrong(said):
+    assert "to do: Some fields still hold dots." in said("00.1", UNTOUCHED["00.1"] | {"intent": "buy"})
 
 
 @pytest.mark.parametrize(("exercise", "answer"), SOLUTIONS)
-def test_solutions_are_right(capsys, exercise, answer):
-    assert said(capsys, exercise, answer).startswith(f"{exercise}  right: ")
+def test_solutions_are_right(said, exercise, answer):
+    assert said(exercise, answer).startswith(f"{exercise}  right: ")
 
 
 @pytest.mark.parametrize(("exercise", "answer", "hint"), MISTAKES)
-def test_mistakes_are_met_with_what_helps(capsys, exercise, answer, hint):
-    found = said(capsys, exercise, answer)
+def test_mistakes_are_met_with_what_helps(said, exercise, answer, hint):
+    found = said(exercise, answer)
     assert found.startswith(f"{exercise}  not yet: ") and hint in found
