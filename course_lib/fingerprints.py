@@ -23,8 +23,8 @@ def fingerprint(lesson, profile, seed):
 def outputs_fingerprint(cells, lesson):
     """What a lesson's committed outputs depend on: code cells, library, data, its tables in course.toml.
 
-    Prose and the bootstrap cell do not count, nor do comments and docstrings of the library, nor modules that the lesson does not reach, nor
-    recipes that it does not name.
+    Prose and the bootstrap cell do not count, nor do comments and docstrings of the library, nor modules that the
+    lesson does not reach, nor recipes that it does not name.
     """
     return _hash(_inputs(cells, lesson, "cpu"))
 
