@@ -3,6 +3,7 @@
 # a stamp in the environment, and every path in a recipe is quoted.
 
 VENV ?= .venv
+UNSLOTH_VENV ?= .venv-unsloth
 PROFILE ?= cpu
 LESSON ?=
 SEED ?=
@@ -17,18 +18,22 @@ KEY = $$({ cat requirements.txt pyproject.toml; pwd; } | cksum)
 READY = [ "$(KEY)" = "$$(cat $(STAMP) 2>/dev/null)" ] && $(PY) -c "" 2>/dev/null
 SUPPORTED = -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))"
 
-.PHONY: help course test lab check refresh reference bench clean setup install model
+.PHONY: help course test test-unsloth lab check refresh reference bench clean setup install model
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@echo "usage: make TARGET [LESSON=01] [PROFILE=ci|cpu|full|t4] [ARGS=...] [VENV=.venv] [PYTHON=python3.12]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
 
 course: model ## run every lesson (or LESSON=..) and write the report
 	@$(COURSE) run $(LESSON) --profile $(PROFILE) $(ARGS)
 
 test: model ## run the whole test suite, every notebook in profile ci included
 	@$(PY) -m pytest $(ARGS)
+
+test-unsloth: model ## lesson 05 through unsloth's CPU back end, in an environment of its own
+	@$(PY) tests/with_unsloth/environment.py "$(UNSLOTH_VENV)"
+	@"$(UNSLOTH_VENV)/bin/python" -m pytest tests/with_unsloth $(ARGS)
 
 lab: model ## open JupyterLab on a working copy of the notebooks
 	@$(COURSE) lab $(ARGS)

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ["course", "test", "lab", "check", "refresh", "reference", "bench", "clean"]
+TARGETS = ["course", "test", "test-unsloth", "lab", "check", "refresh", "reference", "bench", "clean"]
 
 
 def pins():
@@ -100,7 +100,7 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 def test_make_lists_its_targets():
     shown = make()
     assert shown.returncode == 0, shown.stderr
-    listed = re.findall(r"^  ([a-z]+) +\S", shown.stdout, re.M)
+    listed = re.findall(r"^  ([a-z-]+) +\S", shown.stdout, re.M)
     assert sorted(listed) == sorted([*TARGETS, "help"])
 
 
