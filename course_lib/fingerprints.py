@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from course_lib import LAZY, CourseError, profiles
+from course_lib.index import tags
 
 LIBRARY = Path(__file__).parent
 # Modules that cannot change what a lesson computes.
@@ -22,14 +23,15 @@ def fingerprint(lesson, profile, seed):
 def outputs_fingerprint(cells, lesson):
     """What a lesson's committed outputs depend on: code cells, library, data, its tables in course.toml.
 
-    Prose does not count, nor do comments and docstrings of the library, nor modules that the lesson does not reach, nor
-    recipes that it does not name.
+    Prose and the bootstrap cell do not count, nor do comments and docstrings of the library, nor modules that the
+    lesson does not reach, nor recipes that it does not name.
     """
     return _hash(_inputs(cells, lesson, "cpu"))
 
 
 def _inputs(cells, lesson, profile):
-    code = [cell.source for cell in cells if cell.cell_type == "code" and not injected(cell)]
+    # Where the library is installed, the bootstrap cell does nothing.
+    code = [c.source for c in cells if c.cell_type == "code" and not {"injected-parameters", "bootstrap"} & tags(c)]
     tables = {key: value for key, value in profiles.index().items() if key not in ("course", "lesson", "recipes")}
     used = {*lesson.get("recipes", ()), *lesson.get("introduces", ())}
     for name, recipe in profiles.index().get("recipes", {}).items():
@@ -65,10 +67,6 @@ def pins(root):
 
 def _hash(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
-
-
-def injected(cell):
-    return "injected-parameters" in cell.metadata.get("tags", [])
 
 
 def _reached(code):

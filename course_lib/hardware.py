@@ -226,7 +226,7 @@ def give_back_memory() -> None:
 
 
 def rss_mb() -> float:
-    """Resident memory of this process now, in MB; its peak where the system tells no more (0 where it tells nothing)."""
+    """Resident memory of this process now, in MB; its peak where the system tells no more."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 from course_lib import CourseError, profiles, results
-from course_lib.fingerprints import fingerprint, injected, outputs_fingerprint, read
+from course_lib.fingerprints import fingerprint, outputs_fingerprint, read
+from course_lib.index import tags
 
 __all__ = ["fingerprint", "outputs_fingerprint", "run"]
 INTERRUPTED = 130
@@ -266,7 +267,7 @@ def _execute(source, target, parameters, limit, watch, log):
             return await super().start_kernel(**options, stdout=log, stderr=log)
 
     def on_cell_start(cell, cell_index):
-        if not injected(cell):  # counted as in the lesson's own notebook
+        if "injected-parameters" not in tags(cell):  # counted as in the lesson's own notebook
             watch.cell += 1
             log.write(f"--- cell {watch.cell}/{watch.cells}\n")
 

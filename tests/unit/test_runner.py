@@ -374,10 +374,11 @@ def test_only_the_recipes_that_a_lesson_names_count(course, library, monkeypatch
     assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
 
 
-def test_cells_that_papermill_adds_do_not_count(course, library):
+@pytest.mark.parametrize("tag", ["injected-parameters", "bootstrap"])
+def test_cells_that_change_no_output_do_not_count(course, library, tag):
     path = course.root / "notebooks" / "04_lora.ipynb"
     nb, before = nbformat.read(path, 4), now(course)
-    nb.cells.insert(2, new_code_cell("seed = 5", metadata={"tags": ["injected-parameters"]}))
+    nb.cells.insert(2, new_code_cell("seed = 5", metadata={"tags": [tag]}))
     nbformat.write(nb, path)
     assert now(course) == before
 
