@@ -100,24 +100,31 @@ def _title(lesson):
     return "\n\n".join(part for part in [*parts, f"| This lesson | |\n|---|---|\n{table}"] if part)
 
 
-BOOTSTRAP = """# Where the course is installed, this cell does nothing.
+BOOTSTRAP = """# Where the course is installed, this cell does nothing. In Colab it fetches the course and installs it.
 import importlib.util
 import os
-import sys
+import runpy
+import subprocess
 
 if importlib.util.find_spec("course_lib") is None:
-    repository = os.environ.get("COURSE_REPOSITORY", "{url}")
-    if "google.colab" in sys.modules:
-        cure = f"run `!pip install -q git+{{repository}}` in a new cell above, then Runtime > Run all"
-    else:
+    if "COLAB_RELEASE_TAG" not in os.environ:
         cure = "in the course's folder run `make lab`, or `pip install -e .` in this kernel's environment"
-    raise ImportError(f"The course's library is not installed here: {{cure}}.")"""
+        raise ImportError(f"The course's library is not installed here: {{cure}}.")
+    repository, folder = os.environ.get("COURSE_REPOSITORY") or "{url}", os.path.abspath("course")
+    if not os.path.exists(f"{{folder}}/course_lib"):
+        command = ["git", "clone", "--quiet", "--depth=1", repository, folder]
+        quiet = os.environ | {{"GIT_TERMINAL_PROMPT": "0"}}  # a wrong address is an error, not a question
+        cloned = subprocess.run(command, env=quiet, capture_output=True, text=True)
+        if cloned.returncode:
+            cure = "Put `%env COURSE_REPOSITORY=https://...` with its address into a cell above, and run both."
+            raise ImportError(f"Cannot fetch the course from {{repository!r}}: {{cloned.stderr.strip()}}. {{cure}}")
+    runpy.run_path(f"{{folder}}/course_lib/colab.py", run_name="__main__")"""
 
 
 def generated_cells(lesson):
     """The cells that course.toml dictates: four at the head of the notebook, then the one that ends it."""
     repository = profiles.index().get("course", {}).get("repository")
-    url = f"https://github.com/{repository}" if repository else "ADDRESS_OF_THE_COURSE"
+    url = f"https://github.com/{repository}" if repository else ""
     start = f'lesson = start("{lesson["id"]}", profile=profile, seed=seed, out_dir=out_dir)'
     sources = {
         "title": _title(lesson),
