@@ -42,8 +42,10 @@ def extras():
     return project["optional-dependencies"]
 
 
-def has_gpu():
-    return os.path.exists("/proc/driver/nvidia/version") or os.environ.get("COLAB_GPU", "") not in ("", "0")
+def wants_unsloth():
+    """There is a GPU, and `COURSE_FOUR_BIT` does not ask for bitsandbytes alone."""
+    gpu = os.path.exists("/proc/driver/nvidia/version") or os.environ.get("COLAB_GPU", "") not in ("", "0")
+    return gpu and os.environ.get("COURSE_FOUR_BIT") != "bitsandbytes"
 
 
 def pip(arguments):
@@ -78,7 +80,7 @@ def install():
         kept = Path(folder) / "constraints.txt"
         kept.write_text(constraints())
         pip(["--constraint", str(kept), "--editable", f"{ROOT}[colab]"])
-        if has_gpu():
+        if wants_unsloth():
             note = add_unsloth(kept)
     importlib.invalidate_caches()
     moved = [name for name, version in versions(loaded).items() if version != loaded[name]]
@@ -97,7 +99,3 @@ def install():
     )
     seconds = time.monotonic() - started
     print(f"Installed the course in {ROOT} with {now}, beside Colab's own {stayed}: {seconds:.0f} s.{note}")
-
-
-if __name__ == "__main__":
-    install()

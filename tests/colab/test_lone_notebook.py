@@ -4,8 +4,8 @@ The repository is a bare clone of this checkout as it lies there, what is not co
 an environment of its own: it does not see the course, but the other packages of this one.
 
 In place of pip stands a program that writes down what it was asked for. So most of this needs no network and shows
-nothing of what pip does: that is in `test_resolution.py`, and in the last test here, which lets pip install the course
-without its dependencies. Not covered by any: Colab itself, its kernel, its pip, a GPU, and GitHub.
+nothing of what pip does: that is in `test_resolution.py`, and in the last test here, where pip itself puts in what is
+missing. Not covered: Colab, its kernel and its pip, a GPU, and GitHub.
 """
 
 import json
@@ -16,7 +16,8 @@ import sysconfig
 
 import pytest
 
-from course_lib import colab, index, profiles, tickets
+from course_lib import colab, profiles, tickets
+from course_lib.index import notebook_path
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
@@ -69,15 +70,24 @@ def repository(tmp_path_factory):
     return bare
 
 
-@pytest.fixture(scope="module")
-def stand_in(new_environment):
-    """An environment with the packages of this one, Colab's versions claimed for some, and without the course."""
-    made = new_environment()
+def without_course(environment):
+    """Gives an environment the packages of this one, Colab's versions claimed for some, but not the course."""
     others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     # A path file's lines are searched for packages, but not for path files: an editable install is not seen.
-    (made.site / "colab.pth").write_text("".join(f"{path}\n" for path in sorted(others)))
+    (environment.site / "colab.pth").write_text("".join(f"{path}\n" for path in sorted(others)))
     for name, version in {"torch": "2.11.0+cu128", "numpy": "2.1.3", "pandas": "2.2.3"}.items():
-        made.claim(name, version)
+        environment.claim(name, version)
+    return environment
+
+
+@pytest.fixture(scope="module")
+def stand_in(new_environment):
+    """Colab, with a program in place of pip that writes down its calls."""
+    made = without_course(new_environment())
+    fake = made.site / "pip"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("")
+    (fake / "__main__.py").write_text(FAKE_PIP)
     return made
 
 
@@ -86,23 +96,21 @@ def kernel(stand_in, repository, tmp_path):
     """kernel(lesson, code, **environment): the lesson's file alone in an empty folder; code after its first cell."""
     folder, calls = tmp_path / "content", tmp_path / "calls"
     folder.mkdir()
-    (stand_in.site / "pip").mkdir(exist_ok=True)
-    (stand_in.site / "pip" / "__main__.py").write_text(FAKE_PIP)
 
     def run(lesson, code=USE, **environment):
-        path = index.notebook_path(lesson)
+        path = notebook_path(lesson)
         shutil.copy(path, folder)
         known = {key: value for key, value in os.environ.items() if not key.startswith(("COURSE_", "COLAB_", "PYTHON"))}
         known |= {"COLAB_RELEASE_TAG": "release-colab-test", "COURSE_REPOSITORY": str(repository)}
         done = subprocess.run(
-            [stand_in.python, "-c", KERNEL + code, path.name, lesson["id"]],
+            [run.python, "-c", KERNEL + code, path.name, lesson["id"]],
             cwd=folder, env=known | {"PIP_CALLS": str(calls)} | environment,
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         done.calls = [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
         return done
 
-    run.folder = folder
+    run.folder, run.python = folder, stand_in.python
     return run
 
 
@@ -141,6 +149,10 @@ def test_a_gpu_gets_unsloth_without_its_dependencies(kernel):
     assert needs["constraints"] == done.calls[0]["constraints"]
     assert needs["arguments"][-len(colab.extras()["unsloth-needs"]) :] == colab.extras()["unsloth-needs"]
     assert unsloth["arguments"][-3:] == ["--no-deps", *colab.extras()["unsloth"]]
+
+
+def test_who_asks_for_bitsandbytes_gets_no_unsloth(kernel):
+    assert len(kernel(FIRST, COLAB_GPU="1", COURSE_FOUR_BIT="bitsandbytes").calls) == 1
 
 
 def test_a_course_without_unsloth_is_a_course(kernel):
@@ -187,12 +199,11 @@ def test_elsewhere_nothing_is_fetched(kernel):
 
 @pytest.mark.network
 @pytest.mark.slow
-def test_pip_installs_it_and_a_new_kernel_finds_it(kernel, stand_in, index):
-    shutil.rmtree(stand_in.site / "pip")
-    with_pip = {"PIP_NO_DEPS": "1", "COLAB_GPU": "0"}
-    done = kernel(FIRST, **with_pip)
+def test_pip_installs_it_and_a_new_kernel_finds_it(kernel, new_environment, index):
+    kernel.python = without_course(new_environment()).python
+    done = kernel(FIRST, COURSE_FOUR_BIT="bitsandbytes")  # with a GPU too, nothing of CUDA is fetched
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Installed the course")
-    restarted = kernel(FIRST, **with_pip)
+    restarted = kernel(FIRST)
     assert restarted.returncode == 0, restarted.stderr
     assert restarted.stdout == done.stdout.splitlines(keepends=True)[-1]
