@@ -93,6 +93,8 @@ def install():
     from course_lib import hardware
 
     os.environ.update(hardware.kernel_environment())
+    if "HF_TOKEN" not in os.environ:  # or the hub's client opens a dialog for one that lies in Colab's vault
+        os.environ.setdefault("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
     now, stayed = (
         ", ".join(f"{name} {version}" for name, version in versions(names).items())
         for names in ((*STACK, "unsloth"), KEPT)

@@ -139,7 +139,8 @@ if importlib.util.find_spec("course_lib") is None:
     if "COLAB_RELEASE_TAG" not in os.environ:
         cure = "in the course's folder run `make lab`, or `pip install -e .` in this kernel's environment"
         raise ImportError(f"The course's library is not installed here: {{cure}}.")
-    repository, folder = os.environ.get("COURSE_REPOSITORY") or "{url}", os.path.abspath("course")
+    repository = os.environ.get("COURSE_REPOSITORY") or "{url}"
+    folder = os.path.abspath("course")
     if not os.path.exists(f"{{folder}}/course_lib"):
         command = ["git", "clone", "--quiet", "--depth=1", repository, folder]
         quiet = os.environ | {{"GIT_TERMINAL_PROMPT": "0"}}  # a wrong address is an error, not a question

@@ -100,7 +100,11 @@ def kernel(stand_in, repository, tmp_path):
     def run(lesson, code=USE, **environment):
         path = notebook_path(lesson)
         shutil.copy(path, folder)
-        known = {key: value for key, value in os.environ.items() if not key.startswith(("COURSE_", "COLAB_", "PYTHON"))}
+        known = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("COURSE_", "COLAB_", "HF_", "PYTHON"))
+        }
         known |= {"COLAB_RELEASE_TAG": "release-colab-test", "COURSE_REPOSITORY": str(repository)}
         done = subprocess.run(
             [run.python, "-c", KERNEL + code, path.name, lesson["id"]],
@@ -141,6 +145,13 @@ def test_a_second_call_does_nothing(kernel):
     done = kernel(FIRST, "run_first_cell()\n" + USE, COLAB_GPU="0")
     assert done.returncode == 0 and done.stdout.count("Installed") == 1
     assert [call for call in done.calls if "--editable" in call["arguments"]] == done.calls[:1]
+
+
+def test_no_token_is_asked_for(kernel):
+    """Left to itself, the hub's client opens a dialog for one in Colab's vault."""
+    show = "run_first_cell()\nfrom huggingface_hub import constants\nprint(constants.HF_HUB_DISABLE_IMPLICIT_TOKEN)"
+    assert kernel(FIRST, show).stdout.endswith("\nTrue\n")
+    assert kernel(FIRST, show, HF_TOKEN="mine").stdout.endswith("\nFalse\n")
 
 
 def test_a_gpu_gets_unsloth_without_its_dependencies(kernel):

@@ -232,7 +232,9 @@ def test_generated_cells_say_what_course_toml_says(checkout, monkeypatch):
     assert '"01_decision_ladder", profile=profile' in preflight.source and finish.source.endswith("finish()")
     monkeypatch.setattr(profiles, "index", lambda: {"course": {"repository": "ann/course"}})
     assert "colab.research.google.com/github/ann/course/blob/main" in gates.generated_cells(FIRST)[0].source
-    assert "https://github.com/ann/course" in gates.generated_cells(FIRST)[1].source
+    assert '"https://github.com/ann/course"' in gates.generated_cells(FIRST)[1].source
+    monkeypatch.setattr(profiles, "index", lambda: {"course": {"repository": "a" * 20 + "/" + "b" * 20}})
+    assert max(map(len, gates.generated_cells(FIRST)[1].source.splitlines())) <= 120  # the formatter's limit
 
 
 def test_bootstrap_tells_what_to_do(checkout, monkeypatch):
