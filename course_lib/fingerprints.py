@@ -12,7 +12,7 @@ from course_lib.index import tags
 
 LIBRARY = Path(__file__).parent
 # Modules that cannot change what a lesson computes.
-NO_EFFECT = {"__main__", "cli", "runner", "fingerprints", "report", "gates", "index", "bench"}
+NO_EFFECT = {"__main__", "cli", "runner", "fingerprints", "report", "gates", "index", "bench", "colab"}
 
 
 def fingerprint(lesson, profile, seed):

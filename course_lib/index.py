@@ -1,6 +1,8 @@
 """Cells and tables that are generated from notebooks/course.toml, and how notebooks are read and written."""
 
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -60,9 +62,36 @@ def _name(lesson):
     return f"{lesson['id'].split('_')[0]} {lesson['title']}"
 
 
+def _repository():
+    return profiles.index().get("course", {}).get("repository")
+
+
+def remote_repository(folder):
+    """`owner/name` of a checkout's remote `origin`; None where it has none, or not on GitHub: Colab opens no other."""
+    if not (Path(folder) / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", folder, "remote", "get-url", "origin"], capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    address = r"(?:https://|ssh://|)(?:[^@/]*@)?github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?"
+    found = re.fullmatch(address, done.stdout.strip())
+    return found[1] if found else None
+
+
+def _fill_in_repository():
+    """Where course.toml names no repository, put in the one that the checkout came from; returns the changed file."""
+    if _repository() or not (found := remote_repository(profiles.ROOT)):
+        return None
+    path = profiles.ROOT / "notebooks" / "course.toml"
+    text = path.read_text(encoding="utf-8")
+    changed = write_atomically(path, re.sub(r'(?m)^repository = ""', f'repository = "{found}"', text, count=1))
+    profiles.index.cache_clear()
+    return changed
+
+
 def _badge(lesson):
-    repository = profiles.index().get("course", {}).get("repository")
-    if not repository:
+    if not (repository := _repository()):
         return ""
     url = f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{lesson['id']}.ipynb"
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})"
@@ -100,24 +129,31 @@ def _title(lesson):
     return "\n\n".join(part for part in [*parts, f"| This lesson | |\n|---|---|\n{table}"] if part)
 
 
-BOOTSTRAP = """# Where the course is installed, this cell does nothing.
+BOOTSTRAP = """# Where the course is installed, this cell does nothing. In Colab it fetches the course and installs it.
 import importlib.util
 import os
-import sys
+import runpy
+import subprocess
 
 if importlib.util.find_spec("course_lib") is None:
-    repository = os.environ.get("COURSE_REPOSITORY", "{url}")
-    if "google.colab" in sys.modules:
-        cure = f"run `!pip install -q git+{{repository}}` in a new cell above, then Runtime > Run all"
-    else:
+    if "COLAB_RELEASE_TAG" not in os.environ:
         cure = "in the course's folder run `make lab`, or `pip install -e .` in this kernel's environment"
-    raise ImportError(f"The course's library is not installed here: {{cure}}.")"""
+        raise ImportError(f"The course's library is not installed here: {{cure}}.")
+    repository = os.environ.get("COURSE_REPOSITORY") or "{url}"
+    folder = os.path.abspath("course")
+    if not os.path.exists(f"{{folder}}/course_lib"):
+        command = ["git", "clone", "--quiet", "--depth=1", repository, folder]
+        quiet = os.environ | {{"GIT_TERMINAL_PROMPT": "0"}}  # a wrong address is an error, not a question
+        cloned = subprocess.run(command, env=quiet, capture_output=True, text=True)
+        if cloned.returncode:
+            cure = "Put `%env COURSE_REPOSITORY=https://...` with its address into a cell above, and run both."
+            raise ImportError(f"Cannot fetch the course from {{repository!r}}: {{cloned.stderr.strip()}}. {{cure}}")
+    runpy.run_path(f"{{folder}}/course_lib/colab.py")["install"]()"""
 
 
 def generated_cells(lesson):
     """The cells that course.toml dictates: four at the head of the notebook, then the one that ends it."""
-    repository = profiles.index().get("course", {}).get("repository")
-    url = f"https://github.com/{repository}" if repository else "ADDRESS_OF_THE_COURSE"
+    url = f"https://github.com/{_repository()}" if _repository() else ""
     start = f'lesson = start("{lesson["id"]}", profile=profile, seed=seed, out_dir=out_dir)'
     sources = {
         "title": _title(lesson),
@@ -136,7 +172,10 @@ def lesson_table():
     for x in profiles.lessons():
         minutes = x.get("minutes", {}).get("cpu", "")
         rows.append(f"| [{_name(x)}](notebooks/{x['id']}.ipynb) {_badge(x)} | {x['question']} | {minutes} |")
-    return "\n".join([README_MARKS[0], *(row.replace("  |", " |") for row in rows), README_MARKS[1]])
+    rows = [row.replace("  |", " |") for row in rows]
+    if not _repository():
+        rows += ["", "No badges for Colab yet: they need the course's address on GitHub, see [Colab](#colab)."]
+    return "\n".join([README_MARKS[0], *rows, README_MARKS[1]])
 
 
 def _readme():
@@ -171,11 +210,11 @@ def index_check():
 
 
 def index_write():
-    """Put the generated cells and the README's table in place; returns the files that changed.
+    """Put the generated cells, the README's table and the badges' address in place; returns the files that changed.
 
     A notebook that does not exist yet begins as its generated cells. Outputs stay: the stale gate judges them.
     """
-    changed = []
+    changed = [_fill_in_repository()]
     for lesson in profiles.lessons():
         path = notebook_path(lesson)
         nb = read(path) if path.exists() else set_metadata(new_notebook())

@@ -1,7 +1,7 @@
 """Every gate passes a good notebook, and names notebook, cell and cure of a bad one."""
 
 import json
-import sys
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -232,19 +232,58 @@ def test_generated_cells_say_what_course_toml_says(checkout, monkeypatch):
     assert '"01_decision_ladder", profile=profile' in preflight.source and finish.source.endswith("finish()")
     monkeypatch.setattr(profiles, "index", lambda: {"course": {"repository": "ann/course"}})
     assert "colab.research.google.com/github/ann/course/blob/main" in gates.generated_cells(FIRST)[0].source
-    assert "https://github.com/ann/course" in gates.generated_cells(FIRST)[1].source
+    assert '"https://github.com/ann/course"' in gates.generated_cells(FIRST)[1].source
+    monkeypatch.setattr(profiles, "index", lambda: {"course": {"repository": "a" * 20 + "/" + "b" * 20}})
+    assert max(map(len, gates.generated_cells(FIRST)[1].source.splitlines())) <= 120  # the formatter's limit
 
 
-@pytest.mark.parametrize(("colab", "cure"), [(True, "pip install -q git+https://x"), (False, "make lab")])
-def test_bootstrap_tells_what_to_do(checkout, monkeypatch, colab, cure):
+def test_bootstrap_tells_what_to_do(checkout, monkeypatch):
+    """Outside of Colab; what it does there is tested in tests/colab."""
     code = gates.generated_cells(FIRST)[1].source
     exec(code, {})  # the library is here: nothing happens
-    monkeypatch.setenv("COURSE_REPOSITORY", "https://x")
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    if colab:
-        monkeypatch.setitem(sys.modules, "google.colab", None)
-    with pytest.raises(ImportError, match=r"not installed here.*" + cure.replace("+", r"\+")):
+    with pytest.raises(ImportError, match="not installed here: in the course's folder run `make lab`"):
         exec(code, {})
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("https://github.com/ann/course.git", "ann/course"),
+        ("https://github.com/ann/my.course", "ann/my.course"),
+        ("https://ann:secret@github.com/ann/course/", "ann/course"),
+        ("git@github.com:ann/course.git", "ann/course"),
+        ("ssh://git@github.com/ann/course.git", "ann/course"),
+        ("https://example.org/ann/course.git", None),
+        ("https://notgithub.com/ann/course.git", None),
+        ("../course.git", None),
+        ("", None),
+    ],
+)
+def test_repository_of_a_remote(tmp_path, monkeypatch, address, expected):
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: SimpleNamespace(stdout=address + "\n"))
+    assert index.remote_repository(tmp_path) == expected
+
+
+def test_index_write_takes_the_address_from_the_remote(tmp_path, monkeypatch):
+    toml = tmp_path / "notebooks" / "course.toml"
+    toml.parent.mkdir()
+    toml.write_text('[course]\nrepository = "" # "owner/name"\n')
+    (tmp_path / "README.md").write_text("\n".join(index.README_MARKS))
+    monkeypatch.setattr(profiles, "ROOT", tmp_path)
+    profiles.index.cache_clear()
+    try:
+        assert index.index_write() == ["README.md"] and "No badges for Colab yet" in index.lesson_table()
+        monkeypatch.setattr(index, "remote_repository", lambda folder: "ann/course")
+        assert index.index_write() == ["notebooks/course.toml", "README.md"]
+        assert toml.read_text() == '[course]\nrepository = "ann/course" # "owner/name"\n'
+        assert "No badges" not in (tmp_path / "README.md").read_text()
+        monkeypatch.setattr(index, "remote_repository", lambda folder: "bob/fork")
+        assert index.index_write() == []  # what is set stays
+    finally:
+        profiles.index.cache_clear()
 
 
 def test_index_write_makes_index_check_silent(checkout):
