@@ -11,7 +11,10 @@ import sysconfig
 import venv
 from pathlib import Path
 
-PINS = ["unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "protobuf==7.36.2", "sentencepiece==0.2.3"]
+from course_lib.colab import extras
+
+# The releases of pyproject.toml, and what they import on a CPU beside the course's own libraries.
+PINS = [*extras()["unsloth"], "protobuf==7.36.2", "sentencepiece==0.2.3"]
 
 
 def main(folder):
