@@ -531,3 +531,215 @@ def _merged_weight(answer):
         hint = next((text for slip, near, text in slips if off(found, slip) < near), "the values are others.")
         return False, hint
     return True, "expanded, added, and not rounded to four bits again."
+
+
+# --- lesson 06 -------------------------------------------------------------------------------------------------------
+
+
+@register(
+    "06.1", "Write smoothed_dpo(chosen, rejected, ref_chosen, ref_rejected, beta, eps), which returns one number."
+)
+def _smoothed_dpo(answer):
+    import torch
+
+    generator = torch.Generator().manual_seed(6)
+    ours, theirs = torch.randn(2, 5, generator=generator) * 8 - 40, torch.randn(2, 5, generator=generator) * 8 - 40
+    logsigmoid = torch.nn.functional.logsigmoid
+
+    def smoothed(margin, eps):
+        return (-(1 - eps) * logsigmoid(margin) - eps * logsigmoid(-margin)).mean()
+
+    for beta, eps, factor in ((0.1, 0.0, 1), (0.3, 0.1, 1), (0.5, 0.2, 40)):
+        four = [*(ours * factor), *(theirs * factor)]
+        found = torch.as_tensor(answer(*four, beta, eps)).detach().float()
+        if found.numel() != 1:
+            return False, f"one number is wanted, the mean over the pairs, not {tuple(found.shape)}."
+        margin = (four[0] - four[2]) - (four[1] - four[3])
+        wanted = smoothed(beta * margin, eps)
+        if torch.allclose(found, wanted, rtol=1e-4, atol=1e-5):
+            continue
+        if not torch.isfinite(found):
+            return False, "a large margin gives no finite number: use torch.nn.functional.logsigmoid."
+        no_reference = four[0] - four[1]
+        slips = (
+            (smoothed(-beta * margin, eps), "chosen and rejected are mixed up: the sign of the margin is turned."),
+            (smoothed(beta * no_reference, eps), "the reference is missing."),
+            (smoothed(margin, eps), "beta is missing."),
+            (smoothed(beta * margin, 0), "the smoothing is missing."),
+            (smoothed(beta * margin, 1 - eps), "the two shares are the wrong way round."),
+            (-wanted, "a loss is to be made small: the sign of the whole is turned."),
+            (wanted * margin.numel(), "the mean over the pairs is wanted, not the sum."),
+        )
+        hint = next((text for slip, text in slips if torch.allclose(found, slip, rtol=1e-4, atol=1e-5)), None)
+        return False, hint or f"beta {beta}, eps {eps}: {found.item():.4f} instead of {wanted.item():.4f}."
+    return True, "finite at large margins, too."
+
+
+@register("06.2", "Write best_policy(log_ref, reward, beta), which returns log-probabilities.")
+def _best_policy(answer):
+    import numpy as np
+
+    rng = np.random.default_rng(6)
+    for beta, size, scale in ((0.5, 4, 1.0), (2.0, 7, 3.0), (0.01, 5, 1000.0)):
+        ref, reward = np.log(rng.dirichlet(np.ones(size))), rng.normal(size=size) * scale
+
+        def normal(scores):
+            return scores - np.logaddexp.reduce(scores)
+
+        wanted = normal(ref + reward / beta)
+        found = np.asarray(answer(ref.copy(), reward.copy(), beta), dtype=float)
+        if found.shape != wanted.shape:
+            return False, f"one log-probability for each answer is wanted: {wanted.shape}, not {found.shape}."
+        if np.allclose(found, wanted, rtol=1e-6, atol=1e-8):
+            continue
+        if np.isnan(found).any() or np.isinf(found).any():
+            return (
+                False,
+                f"rewards of {scale:.0f} and beta {beta} give no finite numbers: stay with logarithms throughout.",
+            )
+        slips = (
+            (np.exp(wanted), "these are the probabilities: their logarithms are wanted."),
+            (ref + reward / beta, "they do not sum to one: normalise at the end."),
+            (normal(reward / beta), "the reference is missing."),
+            (normal(ref + reward * beta), "the reward is divided by beta, not multiplied."),
+            (normal(np.exp(ref) + reward / beta), "the reference comes in as a logarithm already."),
+        )
+        hint = next((text for slip, text in slips if np.allclose(found, slip, rtol=1e-6, atol=1e-8)), None)
+        return False, hint or f"the values are others, with beta {beta}."
+    return True, "a softmax with the reference as its prior, and finite for large rewards."
+
+
+@register("06.3", "Give a list of words or phrases, in lower case, of at most three words each.")
+def _close_the_holes(answer):
+    import json
+    import re
+
+    from course_lib import tickets
+
+    holes = (
+        "you have my word that this ends well.",
+        "expect a replacement in the post.",
+        "it costs you nothing.",
+        "the driver dropped it.",
+        "you can count on a new one.",
+    )
+    marks = [answer] if isinstance(answer, str) else list(answer)
+    if not marks or not all(isinstance(mark, str) and mark.strip() for mark in marks):
+        return False, "a list of words or phrases is wanted, none of them empty."
+    marks = [" ".join(mark.lower().split()) for mark in marks]
+    if long := [mark for mark in marks if len(mark.split()) > 3]:
+        return False, f"{long[0]!r} has more than three words."
+
+    def caught(text):
+        text = " ".join(text.lower().split())
+        return [mark for mark in marks if re.search(rf"(?<!\w){re.escape(mark.rstrip('.'))}(?!\w)", text)]
+
+    if missed := [hole for hole in holes if not caught(hole)]:
+        return False, f"{len(missed)} still slip through, such as {missed[0]!r}."
+    lines = (tickets.DATA / "replies" / "drafts.jsonl").read_text(encoding="utf-8").splitlines()
+    hit = [(mark, draft) for draft in (json.loads(line)["reply"] for line in lines) for mark in caught(draft)]
+    if hit:
+        return False, f"{hit[0][0]!r} stands in {len(hit)} honest drafts, such as: {' '.join(hit[0][1].split())}"
+    return True, "all five are caught, and no draft. There is always a sixth sentence."
+
+
+# --- lesson 07 -------------------------------------------------------------------------------------------------------
+
+
+@register("07.1", "Write z0(table), which returns the reference point of a batch as TRL estimates it.")
+def _reference_point(answer):
+    tables = (
+        [[9.0, 0.5, 2.5], [-1.0, 8.0, 0.75], [4.0, 3.5, 7.0]],
+        [[5.0, 1.0, -4.0], [-2.0, 5.0, 2.0], [1.5, 0.5, 5.0]],
+        [[1.0, 0.25], [0.5, 1.0]],
+        [[0.1 * ((3 * i + 7 * j * j) % 11) - 0.2 for j in range(5)] for i in range(5)],
+    )
+
+    def pairs(table, step=-1):
+        return [row[(i + step) % len(table)] for i, row in enumerate(table)]
+
+    def off(table):
+        return [value for i, row in enumerate(table) for j, value in enumerate(row) if i != j]
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    def same(formula):
+        return all(math.isclose(a, formula(t), abs_tol=1e-6) for a, t in zip(found, tables, strict=True))
+
+    found = [float(answer([list(row) for row in table])) for table in tables]
+    slips = (
+        (lambda t: mean(pairs(t)), "a reference point is never below zero: clamp it."),
+        (lambda t: mean([max(0.0, v) for v in pairs(t)]), "the mean comes first, the clamp afterwards."),
+        (lambda t: max(0.0, mean(pairs(t, 0))), "that is the diagonal, where each reply stands with its own ticket."),
+        (lambda t: mean(pairs(t, 0)), "that is the diagonal, where each reply stands with its own ticket."),
+        (
+            lambda t: max(0.0, mean(pairs(t, 1))),
+            "each ticket gets the reply of the next one, as in the paper; TRL moves the replies the other way.",
+        ),
+        (lambda t: max(0.0, mean(off(t))), "each ticket gets one foreign reply, not all of them."),
+        (lambda t: max(0.0, sum(pairs(t))), "a sum grows with the batch: take the mean."),
+    )
+    if same(lambda t: max(0.0, mean(pairs(t)))):
+        return True, "one foreign reply for each ticket, the mean, and never below zero."
+    return False, next((text for slip, text in slips if same(slip)), "the values are others: replies move on by one.")
+
+
+@register("07.2", 'Give for each desk the least and the greatest weight of a thumb up, or "cannot train".')
+def _weights_of_a_thumb_up(answer):
+    wanted = {"a": (1.0, 4 / 3), "b": (5.0, 20 / 3), "c": "cannot train"}
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+
+    def near(given, pair):
+        return len(given) == 2 and all(abs(x - y) <= 0.01 * abs(y) for x, y in zip(given, pair, strict=True))
+
+    def wrong(name):
+        given = answer[name]
+        words = " ".join(given.lower().split()) if isinstance(given, str) else None
+        if name == "c":
+            return None if words == wanted["c"] else "nobody says what a bad reply is, and no weight makes up for that"
+        if words is not None:
+            return "both kinds of thumbs are there, so a weight can balance them"
+        low, high = wanted[name]
+        slips = (
+            ((3 / 4 / low, 1 / low), "that is the weight of a thumb down where a thumb up counts 1"),
+            ((3 / 4 * low, low), "4/3 is the upper end for the good side, not the lower one"),
+            ((1 / low, 4 / 3 / low), "the rarer thumb needs the larger weight"),
+            ((low, 1.5 * low), "that is the later version's 3/2; the rule above ends at 4/3"),
+            ((high, low), "the least comes first"),
+        )
+        given = [float(x) for x in given]
+        if near(given, wanted[name]):
+            return None
+        return next((text for slip, text in slips if near(given, slip)), "put the counts into the rule")
+
+    found = {name: text for name in wanted if (text := wrong(name))}
+    if found:
+        return False, "look again at " + "; ".join(f"{name} ({text})" for name, text in found.items()) + "."
+    return True, "balance where it can be had, and no training where it cannot."
+
+
+@register("07.3", "Give for each run what its log shows, in the words of the list.")
+def _four_logs(answer):
+    wanted = {
+        "a": "healthy",
+        "b": "rows in order of their label",
+        "c": "sign not turned",
+        "d": "nothing learns",
+    }
+    hints = {
+        "a": "both rewards go their own way, and a reference point at zero is no fault",
+        "b": "what kind of thumb is in the batches of each half?",
+        "c": "which way do the rewards of thumbs down go?",
+        "d": "does anything move at all?",
+    }
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    given = {name: " ".join(str(word).lower().split()) for name, word in answer.items()}
+    wrong = [f"{name} ({hints[name]})" for name in wanted if given[name] != wanted[name]]
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    return True, "the rewards of thumbs down are the first thing to look at in such a log."

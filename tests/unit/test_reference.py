@@ -6,7 +6,12 @@ import pytest
 
 from course_lib import CourseError, profiles, recipes, reference
 
-RECIPES = [name for table in profiles.lessons() for name in table.get("introduces", [])]
+RECIPES = [  # those that start from the base; tests/unit/test_preferences.py has the others
+    name
+    for table in profiles.lessons()
+    for name in table.get("introduces", [])
+    if "start" not in profiles.index()["recipes"][name]
+]
 BANDED = {
     "ticket_lora": {"exact_match": ("01", "rung_lora_exact_match")},
     "ticket_full": {"exact_match": ("03", "full_ft_exact_match")},
