@@ -47,7 +47,7 @@ def kernel_environment() -> dict[str, str]:
 
 def has_nvidia() -> bool:
     """An NVIDIA driver is loaded. Asked without importing torch, so that the command line starts quickly."""
-    return os.path.exists("/proc/driver/nvidia/version") or "COLAB_GPU" in os.environ and bool(os.environ["COLAB_GPU"])
+    return os.path.exists("/proc/driver/nvidia/version") or os.environ.get("COLAB_GPU", "0") not in ("", "0")
 
 
 @cache

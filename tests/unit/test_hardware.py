@@ -92,6 +92,14 @@ def test_a_wrong_value_is_named_with_the_valid_ones(machine, variable, value, fu
 # --- a kernel's environment ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("colab", "found"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_colab_says_whether_there_is_a_gpu(machine, colab, found):
+    machine.setattr(hardware.os.path, "exists", lambda path: False)
+    if colab is not None:
+        machine.setenv("COLAB_GPU", colab)
+    assert hardware.has_nvidia() is found
+
+
 def test_kernel_environment_keeps_what_the_user_has_set(machine):
     machine.setattr(hardware, "has_nvidia", lambda: False)
     for name in hardware.kernel_environment():
