@@ -153,6 +153,12 @@ def test_a_gpu_below_capability_8_never_gets_bfloat16(machine, capability, bf16)
     assert (found["use_cpu"], found["bf16"], found["fp16"]) == (False, bf16, not bf16)
 
 
+def test_mixed_precision_follows_the_dtype_that_was_asked_for(machine):
+    gpu(machine, (9, 0))
+    machine.setenv("COURSE_DTYPE", "float16")
+    assert (hardware.trainer_arguments()["bf16"], hardware.trainer_arguments()["fp16"]) == (False, True)
+
+
 # --- what it says about the machine ----------------------------------------------------------------------------------
 
 
