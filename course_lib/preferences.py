@@ -94,7 +94,8 @@ def samples_path(s: SimpleNamespace, seed: int = 0) -> Path:
 def keep_samples(found: list[dict], s: SimpleNamespace, seed: int = 0, path: Path | None = None) -> Path:
     """Store sampled replies with their provenance: in the cache, for the lessons that come later, or at `path`."""
     path = path or samples_path(s, seed)
-    about = {"recipe": s.start, "profile": s.profile, "seed": seed, "temperature": 1.0, "dtype": str(hardware.dtype())}
+    about = {"recipe": s.start, "profile": s.profile, "seed": seed, "temperature": replies.TEMPERATURE}
+    about |= {"dtype": str(hardware.dtype())}
     replies.write_samples(found, path, about | {"key": key(s.start, s.profile, seed), "versions": hardware.versions()})
     return path
 
@@ -102,13 +103,13 @@ def keep_samples(found: list[dict], s: SimpleNamespace, seed: int = 0, path: Pat
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def continued(folder: Path):
-    """The base with a trained adapter whose training goes on, the adapter in float32: the steps of a second training
-    are small beside its numbers, and half of them would be lost in bfloat16."""
+def continued(folder: Path, exact: bool = False):
+    """The base with a trained adapter whose training goes on; `exact` keeps the adapter in float32: the steps of a
+    preference loss are small beside its numbers, and half of them would be lost in bfloat16."""
     model = models.load(adapter=folder)
     model.set_adapter("default")  # loaded adapters are frozen
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if exact and "lora_" in name:
             parameter.data = parameter.data.float()
     # Saved adapters name the base and not its place; PEFT looks there for its configuration when they are saved again.
     model.peft_config["default"].base_model_name_or_path = str(models.base_path())
@@ -192,11 +193,11 @@ def prepare_with(s: SimpleNamespace, seed: int = 0, rows: list[dict] | None = No
         from course_lib import feedback
 
         rows = rows or feedback.rows(s, seed)
-        model = continued(adapter(s.start, s.profile, seed))
+        model = continued(adapter(s.start, s.profile, seed), exact=True)
         return model, feedback.trainer(model, tokenizer, rows, s, seed, **changes)
     if s.task == "preferences":
         rows = rows or pair_rows(s, seed)  # first: it may need a model of its own
-        model = continued(adapter(s.start, s.profile, seed))
+        model = continued(adapter(s.start, s.profile, seed), exact=True)
         return model, trainer(model, tokenizer, rows, s, seed, **changes)
     model = continued(adapter(s.start, s.profile, seed))
     return model, recipes.sft_trainer(model, tokenizer, rows or demonstration_rows(s), s, seed, **changes)
@@ -230,7 +231,7 @@ def key(name: str, profile: str, seed: int) -> str:
     parts = [recipes.key(name, profile, seed)]
     if not _first(name):
         s = settings(name, profile)
-        parts += [key(s.start, profile, seed), replies.SYSTEM, models.sha256(BANK)]
+        parts += [key(s.start, profile, seed), replies.SYSTEM, replies.STOCK, replies.TEMPERATURE, models.sha256(BANK)]
         if getattr(s, "stored", False) and replies.SAMPLES.exists():
             parts.append(models.sha256(replies.SAMPLES))
     return parts[0] if len(parts) == 1 else hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -19,10 +19,12 @@ from pathlib import Path
 
 from course_lib import CourseError, tickets
 
-SYSTEM = "Draft a short reply to the message."
+SYSTEM = "Draft a short reply to the customer."
 CRITERIA = ("names", "action", "apology", "true", "no_promise", "short", "signs_off")
 MAX_CHARS = 330  # words glued together would pass a count of words
 NEW_TOKENS = 96  # a good reply has about 45
+TEMPERATURE = 0.7  # of drawn replies: low enough for a small model to stay with what it knows, high enough to differ
+STOCK = 2  # phrases for each action in the demonstrations: the desk's people have stock ones
 SAMPLES = tickets.DATA / "replies" / "sampled.jsonl"
 
 
@@ -74,8 +76,8 @@ def record(ticket_id: str) -> dict:
 
 
 def messages(record: dict) -> list[dict]:
-    """The prompt of a reply: a short instruction and the message. The model does not see the record."""
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": record["text"]}]
+    """The prompt of a reply: a short instruction and the ticket's record, as lesson 01's model writes it."""
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": tickets.to_json(record["ticket"])}]
 
 
 # --- the rubric ------------------------------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ def _unbacked(record: dict, body: str) -> list[str]:
 def demonstration(record: dict, rng: random.Random, careful: bool = False) -> str:
     """A reply as the desk's people wrote it: by one of four writers, with that writer's habits.
 
-    About four in ten keep the rubric. With `careful` the reply has no habit and keeps it always. `record` has to name
+    About a third keep the rubric. With `careful` the reply has no habit and keeps it always. `record` has to name
     an order or a product (`load` gives such).
     """
     known, ticket = bank(), record["ticket"]
@@ -203,7 +205,7 @@ def _action(ticket: dict, rng: random.Random, ref: str | None = None) -> str:
     elif ref is None:
         ref = rng.choice(["order ", "your order "]) + ticket["order_id"]
         ref += f" ({products})" if products and rng.random() < 0.3 else ""
-    return rng.choice(spec["actions"]).replace("{ref}", ref)
+    return rng.choice(spec["actions"][:STOCK]).replace("{ref}", ref)
 
 
 def examples(records: list[dict], seed: int = 0, careful: bool = False) -> list[dict]:
@@ -221,7 +223,9 @@ def _assistant(text: str) -> list[dict]:
 # --- samples, pairs, thumbs ------------------------------------------------------------------------------------------
 
 
-def answers(model, tokenizer, records: list[dict], seed: int = 0, temperature: float = 1.0, **options) -> list[str]:
+def answers(
+    model, tokenizer, records: list[dict], seed: int = 0, temperature: float = TEMPERATURE, **options
+) -> list[str]:
     """One reply of the model to each ticket, drawn at `temperature`; 0 takes the likeliest token each time."""
     from course_lib import evaluation, profiles
 
@@ -232,9 +236,9 @@ def answers(model, tokenizer, records: list[dict], seed: int = 0, temperature: f
     return [a.text for a in found]
 
 
-def sample(model, tokenizer, records: list[dict], n: int = 4, seed: int = 0, temperature: float = 1.0) -> list[dict]:
+def sample(model, tokenizer, records: list[dict], n: int = 4, seed: int = 0) -> list[dict]:
     """`n` replies to each ticket, drawn from the model itself: what on-policy preference data are made of."""
-    drawn = answers(model, tokenizer, [r for r in records for _ in range(n)], seed, temperature, label="sampling")
+    drawn = answers(model, tokenizer, [r for r in records for _ in range(n)], seed, label="sampling")
     return [{"ticket_id": r["id"], "replies": drawn[i * n : (i + 1) * n]} for i, r in enumerate(records)]
 
 

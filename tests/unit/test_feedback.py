@@ -86,7 +86,8 @@ def test_nine_to_one_takes_what_the_sample_has(monkeypatch):
 
     good = [{"ticket_id": f"t{i}", "replies": [f"good {i}"]} for i in range(30)]
     bad = [{"ticket_id": f"u{i}", "replies": [f"bad {i}"]} for i in range(20)]
-    monkeypatch.setattr(replies, "record", lambda name: {"id": name, "text": name})
+    monkeypatch.setattr(replies, "record", lambda name: {"id": name})
+    monkeypatch.setattr(replies, "messages", lambda record: [{"role": "user", "content": record["id"]}])
     monkeypatch.setattr(replies, "passes", lambda record, text: text.startswith("good"))
     found = labels(feedback.nine_to_one(good + bad, complaints=2, seed=1))
     assert found.count(True) == 18 and found.count(False) == 2
@@ -219,7 +220,7 @@ def test_the_recipe_trains_thumbs(monkeypatch, tiny_lora, tiny_tokenizer):
     ]
     monkeypatch.setattr(models, "load_tokenizer", lambda: tiny_tokenizer)
     monkeypatch.setattr(preferences, "adapter", lambda *_: "a folder")
-    monkeypatch.setattr(preferences, "continued", lambda folder: tiny_lora())
+    monkeypatch.setattr(preferences, "continued", lambda folder, exact: tiny_lora())
     monkeypatch.setattr(preferences, "pair_rows", lambda s, seed: pairs)
     s = SimpleNamespace(**vars(S) | {"start": "x", "profile": "ci", "task": "preferences", "loss": "kto", "keep": 0.5})
     model, trainer = preferences.prepare_with(s, bf16=False, logging_steps=1)

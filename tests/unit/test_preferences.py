@@ -254,10 +254,10 @@ def test_completion_logps_are_sums(tiny_model, tiny_tokenizer):
         assert value == pytest.approx(logps[start - 1 :].sum().item(), rel=1e-4)
 
 
-def test_a_second_training_is_in_float32(monkeypatch, adapted):
+def test_a_preference_loss_trains_in_float32(monkeypatch, adapted):
     adapted = adapted.to(torch.bfloat16)
     monkeypatch.setattr(models, "load", lambda adapter: adapted)
     monkeypatch.setattr(models, "base_path", lambda: "base")
-    model = preferences.continued("folder")
+    model = preferences.continued("folder", exact=True)
     trained = {p.dtype for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {torch.float32} and model.peft_config["default"].base_model_name_or_path == "base"

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from course_lib import CourseError, replies
+from course_lib import CourseError, replies, tickets
 
 TEST = replies.load("test")
 TRAIN = replies.load("train")
@@ -152,10 +152,10 @@ def test_careful_demonstrations_keep_the_rubric():
 
 def test_demonstrations_have_habits_and_vary():
     drawn = [(r, replies.demonstration(r, random.Random(r["id"]))) for r in TRAIN]
-    assert 0.33 < statistics.mean(replies.passes(r, text) for r, text in drawn) < 0.5
+    assert 0.3 < statistics.mean(replies.passes(r, text) for r, text in drawn) < 0.45
     assert len({text for _, text in drawn}) > 0.95 * len(drawn)
     for criterion in replies.CRITERIA:  # each is kept by most and broken by some
-        assert 0.02 < statistics.mean(not replies.rubric(r, text)[criterion] for r, text in drawn) < 0.35, criterion
+        assert 0.02 < statistics.mean(not replies.rubric(r, text)[criterion] for r, text in drawn) < 0.45, criterion
 
 
 def test_every_habit_breaks_the_rubric():
@@ -172,7 +172,7 @@ def test_demonstrations_are_seeded():
     one, two = (replies.examples(TRAIN[:20], seed=3) for _ in range(2))
     assert one == two != replies.examples(TRAIN[:20], seed=4)
     assert replies.examples(TRAIN[5:20], seed=3) == one[5:]
-    assert one[0]["prompt"][-1]["content"] == TRAIN[0]["text"]
+    assert one[0]["prompt"][-1]["content"] == tickets.to_json(TRAIN[0]["ticket"])  # the record, and not the message
 
 
 def test_a_ticket_without_a_name_has_no_demonstration():
