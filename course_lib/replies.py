@@ -24,7 +24,7 @@ CRITERIA = ("names", "action", "apology", "true", "no_promise", "short", "signs_
 MAX_CHARS = 330  # words glued together would pass a count of words
 NEW_TOKENS = 96  # a good reply has about 45
 TEMPERATURE = 0.7  # of drawn replies: low enough for a small model to stay with what it knows, high enough to differ
-STOCK = 2  # phrases for each action in the demonstrations: the desk's people have stock ones
+STOCK = 2  # phrases for each action, apology and habit in the demonstrations: the desk's people have stock ones
 SAMPLES = tickets.DATA / "replies" / "sampled.jsonl"
 
 
@@ -174,21 +174,22 @@ def demonstration(record: dict, rng: random.Random, careful: bool = False) -> st
     known, ticket = bank(), record["ticket"]
     if not (ticket["order_id"] or ticket["items"]):
         raise ValueError(f"{record['id']} names neither an order nor a product: take tickets from replies.load")
-    writer = rng.choices(known["writers"], [w["weight"] for w in known["writers"]])[0]
-    has = {h: not careful and rng.random() < writer.get(h, 0) for h in _HABITS}
+    writers = known["writers"]
+    number = rng.choices(range(len(writers)), [w["weight"] for w in writers])[0]
+    has = {h: not careful and rng.random() < writers[number].get(h, 0) for h in _HABITS}
     body = [_action(ticket, rng, "your order" if has["no_name"] else None)]
     if apology_due(record) != has["wrong_apology"]:
-        body.insert(rng.randrange(2), rng.choice(known["apologies"]))
+        body.insert(0, rng.choice(known["apologies"][:STOCK]))
     if has["other_action"]:
         other = rng.choice([i for i in tickets.INTENTS if i != ticket["intent"]])
         body.append(_action(ticket | {"intent": other}, rng, "it"))
-    body += [rng.choice(known["habits"][h + "s"]) for h in ("fact", "promise") if has[h]]
-    opening, closing = rng.choice(known["openings"]), rng.choice(known["closings"])
+    body += [rng.choice(known["habits"][h + "s"][:STOCK]) for h in ("fact", "promise") if has[h]]
+    opening, closing = known["openings"][number], known["closings"][number]  # each writer's own
     if has["chatter"]:
-        opening += " " + rng.choice(known["habits"]["chatter"])
-    closing = closing.split("\n")[0] if has["no_sign_off"] and "\n" in closing else closing
+        opening += " " + rng.choice(known["habits"]["chatter"][:STOCK])
+    closing = closing.split("\n")[0] if has["no_sign_off"] else closing
     full = " ".join([opening, *body]) + "\n" + closing
-    if has["chatter"] or (writer["name"] != "brisk" and len(full.split()) <= known["max_words"]):
+    if has["chatter"] or (writers[number]["name"] != "brisk" and len(full.split()) <= known["max_words"]):
         return full
     return " ".join(body) + "\n" + closing
 
