@@ -227,11 +227,12 @@ def _first(name: str) -> bool:
 
 
 def key(name: str, profile: str, seed: int) -> str:
-    """What the adapter depends on, as a short hash: what `recipes.key` counts, its start, sentences and samples."""
+    """What the adapter depends on, as a short hash: what `recipes.key` counts, its start, how replies are
+    written and judged, and samples."""
     parts = [recipes.key(name, profile, seed)]
     if not _first(name):
         s = settings(name, profile)
-        parts += [key(s.start, profile, seed), replies.SYSTEM, replies.STOCK, replies.TEMPERATURE, models.sha256(BANK)]
+        parts += [key(s.start, profile, seed), models.sha256(BANK), models.sha256(Path(replies.__file__))]
         if getattr(s, "stored", False) and replies.SAMPLES.exists():
             parts.append(models.sha256(replies.SAMPLES))
     return parts[0] if len(parts) == 1 else hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -93,9 +93,8 @@ _CODE = re.compile(r"\b[a-z]\s?[-–]?\s?\d{3,}\b")
 
 
 def apology_due(record: dict) -> bool:
-    """An apology is due if the goods were damaged or missing, or if a person has to look at the ticket."""
-    ticket = record["ticket"]
-    return ticket["needs_human"] or ticket["intent"] in bank()["apology_intents"]
+    """An apology is due for goods that arrived damaged or not at all."""
+    return record["ticket"]["intent"] in bank()["apology_intents"]
 
 
 def rubric(record: dict, text: str) -> dict[str, bool]:
@@ -168,8 +167,8 @@ def _unbacked(record: dict, body: str) -> list[str]:
 def demonstration(record: dict, rng: random.Random, careful: bool = False) -> str:
     """A reply as the desk's people wrote it: by one of four writers, with that writer's habits.
 
-    About a third keep the rubric. With `careful` the reply has no habit and keeps it always. `record` has to name
-    an order or a product (`load` gives such).
+    About a quarter keep the rubric; more than half promise something. With `careful` the reply has no habit and keeps
+    it always. `record` has to name an order or a product (`load` gives such).
     """
     known, ticket = bank(), record["ticket"]
     if not (ticket["order_id"] or ticket["items"]):

@@ -207,7 +207,7 @@ def _draft(ticket: dict, rng, bank: dict) -> str:
             ref += f" ({products})"
 
     body = [rng.choice(intent["actions"]).replace("{ref}", ref)]
-    if ticket["needs_human"] or ticket["intent"] in bank["apology_intents"]:
+    if ticket["intent"] in bank["apology_intents"]:
         body.insert(rng.randrange(2), rng.choice(bank["apologies"]))
     opening, closing = rng.choice(bank["openings"]), rng.choice(bank["closings"])
     with_opening = " ".join([opening, *body]) + "\n" + closing

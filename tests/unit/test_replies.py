@@ -102,7 +102,6 @@ def test_an_apology_that_is_not_due():
     text = "We are tracing order K-4821.\nThe ticket desk"
     assert replies.passes(record, text)
     assert broken(record, "I am sorry for the trouble. " + text) == ["apology"]
-    assert replies.passes(ticket("track", needs_human=True), "I am sorry for the trouble. " + text)
 
 
 def test_another_order_in_the_message_may_not_be_named():
@@ -152,10 +151,10 @@ def test_careful_demonstrations_keep_the_rubric():
 
 def test_demonstrations_have_habits_and_vary():
     drawn = [(r, replies.demonstration(r, random.Random(r["id"]))) for r in TRAIN]
-    assert 0.3 < statistics.mean(replies.passes(r, text) for r, text in drawn) < 0.45
+    assert 0.2 < statistics.mean(replies.passes(r, text) for r, text in drawn) < 0.35
     assert len({text for _, text in drawn}) > 0.95 * len(drawn)
-    for criterion in replies.CRITERIA:  # each is kept by most and broken by some
-        assert 0.02 < statistics.mean(not replies.rubric(r, text)[criterion] for r, text in drawn) < 0.45, criterion
+    for criterion in replies.CRITERIA:  # each is broken by some; most replies promise something
+        assert 0.02 < statistics.mean(not replies.rubric(r, text)[criterion] for r, text in drawn) < 0.65, criterion
 
 
 def test_every_habit_breaks_the_rubric():

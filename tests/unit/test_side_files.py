@@ -283,7 +283,7 @@ def test_drafts_keep_the_rubric():
         assert has(body, [name.lower() for name in named + [item["product"] for item in ticket["items"]]])
         taken = [intent for intent, spec in BANK["intents"].items() if has(body, spec["marks"])]
         assert taken == [ticket["intent"]]
-        due = ticket["needs_human"] or ticket["intent"] in ("damaged", "missing")
+        due = ticket["intent"] in ("damaged", "missing")
         assert has(body, BANK["apology_marks"]) == due
         assert not promises(body)
         assert not re.search(r"\d", body.replace(ticket["order_id"] or "\0", ""))
