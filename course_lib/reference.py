@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import datetime
 import functools
-import importlib
 import io
 import json
 import math
@@ -58,17 +57,12 @@ def run(lesson: str | None = None, seed: int | None = None) -> int:
     """
     seeds = SEEDS if seed is None else (int(seed),)
     chosen = profiles.lessons() if lesson is None else [profiles.lesson(lesson)]
-    known = profiles.index().get("recipes", {})
-    # A recipe that starts from another is measured by the module that its lesson names.
-    names = [n for table in chosen for n in table.get("introduces", []) if "start" not in known.get(n, {})]
-    modules = [table["reference"] for table in chosen if "reference" in table]
-    for module in modules:  # imported by name, so that the lessons which read a reference do not depend on all of them
-        importlib.import_module(f"course_lib.{module}").make_reference(seeds)
+    names = [name for table in chosen for name in table.get("introduces", [])]
     if any(table["id"].startswith("02") for table in chosen):
         from course_lib import data_effects
 
         data_effects.make_reference(seeds)
-    elif not names and not modules:
+    elif not names:
         raise CourseError(f"lesson {lesson} introduces no recipe: it has no reference to measure.")
     for name in names:
         pieces = [(p, s, "") for p in PROFILES for s in seeds]

@@ -20,7 +20,7 @@ def root(tmp_path, monkeypatch):
     """A course of two lessons without notebooks, in a folder with a space."""
     root = tmp_path / "a course"
     (root / "notebooks").mkdir(parents=True)
-    lessons = [f'[[lesson]]\nid = "{x}"\n[lesson.minutes]\nci = 1\ncpu = 6\n' for x in ("00_start_here", "01_ladder")]
+    lessons = [f'[[lesson]]\nminutes = {{ci = 1, cpu = 6}}\nid = "{x}"\n' for x in ("00_start_here", "01_ladder")]
     (root / "notebooks" / "course.toml").write_text("[course]\ntitle = 'x'\n" + "\n".join(lessons))
     monkeypatch.setattr(profiles, "ROOT", root)
     monkeypatch.delenv("COURSE_OUT", raising=False)
@@ -170,12 +170,15 @@ def test_commands_that_only_pass_on(root, stand_in, capsys):
     stand_in("gates", refresh=lambda *options: calls.append(options))
     stand_in("reference", run=lambda *options: calls.append(options))
     stand_in("bench", main=lambda: 0)
+    with open(root / "notebooks" / "course.toml", "a") as file:
+        file.write('introduces = ["a"]\n')  # of the last lesson
+    profiles.index.cache_clear()
     assert cli.main(["fetch"]) == 0 and "the path" in capsys.readouterr().out
     assert cli.main(["refresh", "1"]) == 0
     assert cli.main(["reference", "--seed", "2"]) == 0
     assert cli.main(["bench"]) == 0
     assert cli.main(["reference", "1"]) == 0
-    assert calls == [(["01_ladder"], None), (None, 2), ("1", None)]
+    assert calls == [(["01_ladder"], None), ("01_ladder", 2), ("01_ladder", None)]
 
 
 def test_memory(root, capsys):

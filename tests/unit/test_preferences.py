@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from course_lib import CourseError, models, preferences, profiles, recipes, reference, replies
+from course_lib import CourseError, cli, models, preferences, profiles, recipes, reference, replies
 
 SETTINGS = {
     "start": "reply_sft", "task": "preferences", "loss": "sigmoid", "beta": 0.1, "kind": "all", "per_ticket": 1,
@@ -229,7 +229,7 @@ def test_a_lesson_names_the_module_that_measures_its_recipes(monkeypatch):
     monkeypatch.setattr(profiles, "index", lambda: {"recipes": {"b": SETTINGS}})
     asked = []
     monkeypatch.setattr(preferences, "make_reference", asked.append)
-    assert reference.run("06", 1) == 0 and asked == [(1,)]
+    assert not cli.main(["reference", "06", "--seed", "1"]) and asked == [(1,)]
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
