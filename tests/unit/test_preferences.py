@@ -261,3 +261,43 @@ def test_a_preference_loss_trains_in_float32(monkeypatch, adapted):
     model = preferences.continued("folder", exact=True)
     trained = {p.dtype for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {torch.float32} and model.peft_config["default"].base_model_name_or_path == "base"
+
+
+# --- what is stored --------------------------------------------------------------------------------------------------
+
+
+def stored(name):
+    rows = reference.read(name, "sweeps")
+    return rows or pytest.skip(f"nothing of {name} is stored yet: make reference")
+
+
+@pytest.mark.parametrize("name", ["reply_sft", "reply_dpo", "reply_kto"])
+def test_stored_references_say_where_they_come_from(name):
+    for row in stored(name) + reference.read(name, "curves"):
+        assert all(row[column] for column in reference.PROVENANCE), row
+    settings = preferences.settings(name, "cpu")
+    for row in stored(name):
+        assert not row["knob"] or row["knob"] in profiles.index()["recipes"][name]["sweeps"]
+        assert (
+            not row["knob"] or str(getattr(settings, row["knob"], None)) != row["setting"]
+        )  # the recipe's own is a seed
+
+
+def test_with_verdicts_by_a_coin_nothing_is_won():
+    def passes(name, control):
+        rows = [r for r in stored(name) if r["metric"] == "rubric_pass" and r["control"] == control and not r["knob"]]
+        return [float(r["value"]) for r in rows] or pytest.skip(f"no control {control!r} of {name} is stored yet")
+
+    start, ours, coin = passes("reply_sft", ""), passes("reply_dpo", ""), passes("reply_dpo", "shuffled_labels")
+    low = next(t for t in profiles.lessons() if t["id"] == "06_dpo")["bands"]["cpu"]["dpo_minus_sft"][0]
+    assert min(ours) - max(start) > low > max(coin) - min(start)  # the control is outside of the band
+
+
+def test_the_stored_sample_says_where_it_comes_from():
+    if not replies.SAMPLES.exists():
+        pytest.skip("no sample is stored yet: make reference LESSON=06")
+    samples, about = replies.read_samples()
+    assert about["recipe"] == "reply_sft" and about["temperature"] == replies.TEMPERATURE and about["versions"]
+    s = preferences.settings("reply_dpo", "cpu")
+    assert [x["ticket_id"] for x in samples] == [r["id"] for r in preferences.sample_records(s)]
+    assert all(len(x["replies"]) == s.sample_replies for x in samples)
