@@ -5,13 +5,12 @@ Lesson 02 runs a few of these live; `make reference LESSON=02` measures all of `
 
 from __future__ import annotations
 
-import json
 import random
 from types import SimpleNamespace
 
 import numpy as np
 
-from course_lib import evaluation, models, recipes, tickets
+from course_lib import evaluation, general, models, recipes, tickets
 
 FIRST = 1000  # the recipe `ticket_lora` has seen the training tickets before this one
 EVAL_TICKETS, EVAL_PROSE = 60, 30
@@ -36,16 +35,8 @@ def with_noise(records: list[dict], share: float, rng: random.Random) -> list[di
 
 def with_general(rows: list[dict], share: float, rng: random.Random) -> list[dict]:
     """As many rows as before, a `share` of them general conversation in place of tickets, shuffled."""
-    lines = (tickets.DATA / "general" / "rehearsal.jsonl").read_text(encoding="utf-8").splitlines()
-    general = [json.loads(line) for line in lines[: round(share * len(rows))]]
-    general = [
-        {
-            "prompt": [{"role": "user", "content": g["prompt"]}],
-            "completion": [{"role": "assistant", "content": g["response"]}],
-        }
-        for g in general
-    ]
-    mixed = [*general, *rows[: len(rows) - len(general)]]
+    others = recipes.rehearsal(round(share * len(rows)))
+    mixed = [*others, *rows[: len(rows) - len(others)]]
     rng.shuffle(mixed)
     return mixed
 
@@ -117,9 +108,8 @@ def measure(model, n_tickets: int = EVAL_TICKETS, n_prose: int = EVAL_PROSE) -> 
     tokenizer = models.load_tokenizer()
     records = tickets.load("dev", n_tickets)
     right = [(tickets.messages(r), tickets.to_json(tickets.in_words(r))) for r in records]
-    lines = (tickets.DATA / "general" / "prose.jsonl").read_text(encoding="utf-8").splitlines()
-    prose = [x["text"] for x in map(json.loads, lines) if x["split"] == "eval"][:n_prose]
-    ask = [{"role": "user", "content": "Write a short text."}]
+    prose = [record["text"] for record in general.load("prose", n_prose)]
+    ask = general.ask("Write a short text.")
     return {
         "ticket_nll": evaluation.completion_nll(model, tokenizer, right),
         "prose_nll": evaluation.completion_nll(model, tokenizer, [(ask, text) for text in prose]),
@@ -128,14 +118,10 @@ def measure(model, n_tickets: int = EVAL_TICKETS, n_prose: int = EVAL_PROSE) -> 
 
 def make_reference(seeds) -> None:
     """Measure every point of `SWEEPS` that is not stored yet, as `data_effects_metrics.csv`; about a minute each."""
-    import datetime
-
-    from course_lib import hardware, reference
+    from course_lib import reference
 
     key = recipes.key("ticket_lora", "cpu", 0)
-    machine = hardware.describe() | hardware.versions()
-    about = {"date": datetime.date.today().isoformat(), "key": key}
-    about |= {column: machine[column] for column in reference.PROVENANCE if column not in about}
+    about = reference._about(key)
     pieces = [(sweep, value, seed) for seed in seeds for sweep, values in SWEEPS.items() for value in values]
     for number, (sweep, value, seed) in enumerate(pieces, 1):
         common = {"profile": "cpu", "seed": seed, "control": "", "sweep": sweep, "share": value}

@@ -47,7 +47,7 @@ def kernel_environment() -> dict[str, str]:
 
 def has_nvidia() -> bool:
     """An NVIDIA driver is loaded. Asked without importing torch, so that the command line starts quickly."""
-    return os.path.exists("/proc/driver/nvidia/version") or "COLAB_GPU" in os.environ and bool(os.environ["COLAB_GPU"])
+    return os.path.exists("/proc/driver/nvidia/version") or os.environ.get("COLAB_GPU", "0") not in ("", "0")
 
 
 @cache
@@ -104,11 +104,11 @@ def trainer_arguments() -> dict:
 
     On a CPU the weights themselves are in `dtype()`, so the trainer's mixed precision stays off.
     """
-    cuda = device() == "cuda"
+    cuda, half = device() == "cuda", str(dtype())
     return {
         "use_cpu": device() == "cpu",
-        "bf16": cuda and cuda_has_bf16(),
-        "fp16": cuda and not cuda_has_bf16(),
+        "bf16": cuda and half == "torch.bfloat16",
+        "fp16": cuda and half == "torch.float16",
         "gradient_checkpointing": False,
         "dataloader_pin_memory": cuda,
         "report_to": "none",

@@ -287,6 +287,9 @@ def _register_attention() -> str:
     return "sdpa_grouped"
 
 
+revisions: dict[str, str] = {}  # of models from the hub: the commit that this process got, for a run's record
+
+
 def _where(name: str | Path | None) -> str:
     if name is None:
         if reason := damaged():
@@ -347,6 +350,8 @@ def load(
             model = AutoModelForCausalLM.from_pretrained(where, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(where, **options).to(device)
+        if revision := getattr(model.config, "_commit_hash", None):
+            revisions[where] = revision
         guards.keep_unpacked(model)
         if adapter is not None:
             from peft import PeftModel

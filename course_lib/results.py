@@ -114,8 +114,12 @@ def _environment():
 
 
 def _save():
+    from course_lib import models
+
     head = {"lesson": _lesson.id, "profile": _lesson.profile, "seed": _lesson.seed}
-    write_json(_metrics_path(), head | _environment() | {"metrics": _metrics})
+    about = _environment()
+    about = about | {"versions": about["versions"] | models.revisions}
+    write_json(_metrics_path(), head | about | {"metrics": _metrics})
 
 
 # --- a run's folder --------------------------------------------------------------------------------------------------
@@ -201,7 +205,9 @@ def assemble(out_dir, lesson=None, status=None, profile=None):
     for file in sorted(out_dir.glob("metrics/[!.]*.json"), key=lambda path: path.stat().st_mtime):
         measured = _load(file, "metrics", "value")
         known.setdefault(file.stem, {"status": "recorded"})["metrics"] = measured["metrics"]
+        older = about["versions"] or {}  # one lesson has used a model of the hub, another has not
         about |= {key: measured[key] for key in about if key in measured}
+        about["versions"] = older | about["versions"]
     results = about | {"lessons": {key: known[key] for key in sorted(known)}}
     write_json(path, results)
     return results

@@ -92,6 +92,14 @@ def test_a_wrong_value_is_named_with_the_valid_ones(machine, variable, value, fu
 # --- a kernel's environment ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("colab", "found"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_colab_says_whether_there_is_a_gpu(machine, colab, found):
+    machine.setattr(hardware.os.path, "exists", lambda path: False)
+    if colab is not None:
+        machine.setenv("COLAB_GPU", colab)
+    assert hardware.has_nvidia() is found
+
+
 def test_kernel_environment_keeps_what_the_user_has_set(machine):
     machine.setattr(hardware, "has_nvidia", lambda: False)
     for name in hardware.kernel_environment():
@@ -143,6 +151,12 @@ def test_a_gpu_below_capability_8_never_gets_bfloat16(machine, capability, bf16)
     gpu(machine, capability)
     found = hardware.trainer_arguments()
     assert (found["use_cpu"], found["bf16"], found["fp16"]) == (False, bf16, not bf16)
+
+
+def test_mixed_precision_follows_the_dtype_that_was_asked_for(machine):
+    gpu(machine, (9, 0))
+    machine.setenv("COURSE_DTYPE", "float16")
+    assert (hardware.trainer_arguments()["bf16"], hardware.trainer_arguments()["fp16"]) == (False, True)
 
 
 # --- what it says about the machine ----------------------------------------------------------------------------------

@@ -372,6 +372,24 @@ def test_a_folder_loads(tiny, monkeypatch):
     assert other.dtype == torch.float32 and logits(other, [1, 2, 3]).shape == (3, 64)
 
 
+def test_the_commit_of_a_model_of_the_hub_is_kept(tiny, tmp_path, monkeypatch):
+    import shutil
+
+    from huggingface_hub import constants
+    from transformers.utils import hub
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--owner--tiny"
+    shutil.copytree(tiny, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    for module in (constants, hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "revisions", {})
+    models.load("owner/tiny")
+    assert models.revisions == {"owner/tiny": commit}
+
+
 def test_an_adapter_on_top(tiny, tmp_path):
     import torch
     from peft import LoraConfig, get_peft_model

@@ -3,7 +3,7 @@ import types
 
 import pytest
 
-from course_lib import CourseError, profiles, results
+from course_lib import CourseError, models, profiles, results
 
 
 @pytest.fixture
@@ -51,6 +51,17 @@ def test_record_takes_numpy_bools_words_and_none(lesson):
     assert metrics["flag"]["value"] is True
     assert metrics["stop_rung"]["in_band"] is True
     assert metrics["cost"] == {"value": None, "n": 0, "band": None}
+
+
+def test_the_commit_of_a_model_of_the_hub_is_kept(lesson, monkeypatch):
+    monkeypatch.setattr(models, "revisions", {"owner/model": "0123abc"})
+    results.record("exact", 0.8)
+    assert stored(lesson)["versions"] == {"torch": "2", "owner/model": "0123abc"}
+    monkeypatch.setattr(models, "revisions", {})
+    other = types.SimpleNamespace(**vars(lesson) | {"id": "05_other"})
+    results.begin(other)
+    results.record("exact", 0.8)  # a later lesson without such a model does not hide it
+    assert results.assemble(lesson.out_dir)["versions"] == {"torch": "2", "owner/model": "0123abc"}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), [1, 2], {"a": 1}])
