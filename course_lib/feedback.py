@@ -6,11 +6,9 @@ A row is {"prompt": chat messages, "completion": [the assistant's message], "lab
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import tempfile
 
-from course_lib import CourseError, hardware, profiles, replies
+from course_lib import CourseError, profiles, replies
 
 
 class FeedbackError(CourseError):
@@ -144,27 +142,18 @@ def trainer(model, tokenizer, rows: list[dict], s, seed: int, **changes):
     check(rows, tokenizer, s.batch_size, model.config.max_position_embeddings)
     disable_progress_bar()
     profiles.set_seeds(seed)
-    arguments = {
-        "output_dir": os.path.join(tempfile.gettempdir(), "course-trainer"),
-        "per_device_train_batch_size": s.batch_size,
+    arguments = recipes.trl_arguments(s, seed) | {
         "num_train_epochs": s.epochs / getattr(s, "keep", 1.0),
-        "learning_rate": s.learning_rate,
-        "lr_scheduler_type": s.schedule,
-        "warmup_steps": s.warmup,
-        "weight_decay": 0.0,
-        "adam_beta2": s.beta2,
         "beta": s.beta,
         "desirable_weight": getattr(s, "up_weight", 1.0),
         "undesirable_weight": getattr(s, "down_weight", 1.0),
         "max_length": None,
         "train_sampling_strategy": "sequential",
         "logging_steps": 2,
-        "save_strategy": "no",
-        "seed": seed,
     }
     # TRL adds a reply's log-probabilities up in the logits' dtype, as for pairs: `preferences.trainer`.
     model.float_logits = model.get_output_embeddings().register_forward_hook(lambda module, given, out: out.float())
-    config = KTOConfig(**arguments | hardware.trainer_arguments() | changes)
+    config = KTOConfig(**arguments | changes)
     found = KTOTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     found.remove_callback(PrinterCallback)
     found.add_callback(recipes._progress())

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import random
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,20 +130,10 @@ def trainer(model, tokenizer, rows: list[dict], s: SimpleNamespace, seed: int, *
     profiles.set_seeds(seed)
     # TRL adds a reply's log-probabilities up in the logits' dtype. In bfloat16 a sum of -60 has a step of a quarter.
     model.float_logits = model.get_output_embeddings().register_forward_hook(lambda module, given, out: out.float())
-    arguments = hardware.trainer_arguments() | {
-        "output_dir": os.path.join(tempfile.gettempdir(), "course-trainer"),
-        "per_device_train_batch_size": s.batch_size,
-        "num_train_epochs": s.epochs,
-        "learning_rate": s.learning_rate,
-        "lr_scheduler_type": s.schedule,
-        "warmup_steps": s.warmup,
-        "weight_decay": 0.0,
-        "adam_beta2": s.beta2,
+    arguments = recipes.trl_arguments(s, seed) | {
         "beta": s.beta,
         "max_length": 512,  # a prompt and a reply have about 120 tokens
         "logging_steps": 1,
-        "save_strategy": "no",
-        "seed": seed,
     }
     if s.loss == "simpo":
         from trl.experimental.cpo import CPOConfig as Config

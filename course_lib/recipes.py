@@ -108,6 +108,22 @@ def add_lora(model, s: SimpleNamespace):
     return model
 
 
+def trl_arguments(s: SimpleNamespace, seed: int) -> dict:
+    """What all of the course's TRL trainers are told: the recipe's settings, and what fits the hardware."""
+    return hardware.trainer_arguments() | {
+        "output_dir": os.path.join(tempfile.gettempdir(), "course-trainer"),
+        "per_device_train_batch_size": s.batch_size,
+        "num_train_epochs": s.epochs,
+        "learning_rate": s.learning_rate,
+        "lr_scheduler_type": s.schedule,
+        "warmup_steps": s.warmup,
+        "weight_decay": 0.0,
+        "adam_beta2": s.beta2,
+        "save_strategy": "no",
+        "seed": seed,
+    }
+
+
 def sft_trainer(model, tokenizer, rows: list[dict], s: SimpleNamespace, seed: int, **changes):
     """TRL's SFTTrainer for `rows` (of `examples`), everything that its defaults would get wrong here said out loud."""
     from datasets import Dataset
@@ -117,27 +133,16 @@ def sft_trainer(model, tokenizer, rows: list[dict], s: SimpleNamespace, seed: in
 
     disable_progress_bar()
     profiles.set_seeds(seed)
-    arguments = {
-        "output_dir": os.path.join(tempfile.gettempdir(), "course-trainer"),
-        "per_device_train_batch_size": s.batch_size,
-        "num_train_epochs": s.epochs,
-        "learning_rate": s.learning_rate,
-        "lr_scheduler_type": s.schedule,
-        "warmup_steps": s.warmup,
-        "weight_decay": 0.0,
-        "adam_beta2": s.beta2,
+    fitting = trl_arguments(s, seed) | {
         "max_length": None,
         "train_sampling_strategy": "group_by_length",
         "logging_steps": 5,
-        "save_strategy": "no",
-        "seed": seed,
     }
-    fitting = hardware.trainer_arguments()
     if method(s) == "full":  # the weights are float32: the multiplications may still be in bfloat16
         fitting["bf16"] = str(hardware.dtype()) == "torch.bfloat16"
     if method(s) == "qlora":
         fitting |= hardware.four_bit_arguments()
-    config = SFTConfig(**arguments | fitting | changes)
+    config = SFTConfig(**fitting | changes)
     kept = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     # Over a base in four bits TRL turns adapters into bfloat16: too coarse here where they were float32, and fatal for

@@ -58,11 +58,7 @@ def run(lesson: str | None = None, seed: int | None = None) -> int:
     seeds = SEEDS if seed is None else (int(seed),)
     chosen = profiles.lessons() if lesson is None else [profiles.lesson(lesson)]
     names = [name for table in chosen for name in table.get("introduces", [])]
-    if any(table["id"].startswith("02") for table in chosen):
-        from course_lib import data_effects
-
-        data_effects.make_reference(seeds)
-    elif not names:
+    if not names:
         raise CourseError(f"lesson {lesson} introduces no recipe: it has no reference to measure.")
     for name in names:
         pieces = [(p, s, "") for p in PROFILES for s in seeds]

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import numpy as np
@@ -130,6 +131,50 @@ def test_sampling_repeats_under_a_seed(tiny_model, tiny_tokenizer):
         return evaluation.generate(tiny_model(), tiny_tokenizer, prompts(), **options)
 
     assert sample(0) == sample(0) != sample(1)
+
+
+def test_rows_that_end_leave_the_batch_and_the_others_do_not_notice(tiny_model, tiny_tokenizer):
+    """Each answer is that of the row alone, and short rows are not waited for."""
+    import torch
+
+    model, asked = tiny_model().float(), prompts() * 2
+    end = tiny_tokenizer.eos_token_id
+    sizes, forward = [], model.forward
+
+    @functools.wraps(forward)  # generation reads its signature
+    def counted(*args, **kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    def often(module, given, out):  # some tokens are followed by the end, so that answers differ in length
+        likeliest = out.argmax(-1)
+        return out.index_put((*(likeliest % 11 == 0).nonzero(as_tuple=True), torch.tensor(end)), torch.tensor(1e9))
+
+    model.get_output_embeddings().register_forward_hook(often)
+    model.forward = counted
+    together = evaluation.generate(model, tiny_tokenizer, asked, max_new_tokens=40)
+    wide = list(sizes)
+    alone = [evaluation.generate(model, tiny_tokenizer, [p], max_new_tokens=40)[0] for p in asked]
+    assert together == alone
+    lengths = [a.tokens for a in together]
+    assert len(set(lengths)) > 3 and max(lengths) > 2 * sorted(lengths)[3], lengths
+    assert wide[0] == 12 and wide[-1] < 9 and sum(wide) < 12 * max(lengths)
+    assert wide == sorted(wide, reverse=True) and torch.is_tensor(model.lm_head.weight)
+
+
+def test_drawing_one_token_a_row_follows_the_probabilities():
+    import torch
+    from scipy import stats
+
+    torch.manual_seed(0)
+    scores = torch.tensor([1.0, -1.0, -torch.inf, 2.0, 0.0]).expand(4000, 5)
+    for temperature in (0.7, 1.5):
+        drawn = evaluation._draw(temperature)(None, scores)
+        assert ((drawn == 0).sum(1) == 1).all() and torch.isneginf(drawn[:, 2]).all()
+        counts = (drawn == 0).sum(0).numpy()
+        wanted = torch.softmax(scores[0].double() / temperature, 0).numpy() * 4000
+        kept = wanted > 0
+        assert stats.chisquare(counts[kept], wanted[kept]).pvalue > 1e-3
 
 
 def test_no_prompts_and_training_mode(tiny_model, tiny_tokenizer):
