@@ -17,6 +17,7 @@ BANDED = {
     "ticket_full": {"exact_match": ("03", "full_ft_exact_match")},
     "ticket_lora_short": {"exact_match": ("04", "lora_exact_match")},
     "ticket_dora_short": {"exact_match": ("04", "dora_exact_match")},
+    "ticket_qlora": {"exact_match": ("05", "qlora_exact_match")},
 }
 
 
