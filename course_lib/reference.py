@@ -14,7 +14,6 @@ import functools
 import io
 import json
 import math
-import time
 from types import SimpleNamespace
 
 from course_lib import CourseError, evaluation, general, hardware, models, profiles, recipes, tickets, training
@@ -131,7 +130,7 @@ def _base_prose(n: int):
 
 def _sweep_piece(name: str, seed: int, knob: str, setting, key: str) -> None:
     """Train with one setting changed and store what came of it."""
-    s, start = recipes.settings(name, "cpu"), time.perf_counter()
+    s = recipes.settings(name, "cpu")
     by_hand = {"optimizer": _try_optimizer, "kl": _try_kl, "epochs_by_hand": _try_epochs}
     if knob in by_hand:
         found = by_hand[knob](s, seed, setting)
@@ -143,12 +142,9 @@ def _sweep_piece(name: str, seed: int, knob: str, setting, key: str) -> None:
         found = [(setting, recipes.for_use(model))]
     common, rows = {"profile": "cpu", "seed": seed, "control": "", "knob": knob, "piece": setting}, []
     for value, model in found:
-        seconds = evaluation.Estimate(time.perf_counter() - start, math.nan, math.nan, 1)
-        for metric, e in (swept_metrics(model, generate=knob != "epochs_by_hand") | {"seconds": seconds}).items():
-            ends = ["" if math.isnan(x) else f"{x:.4f}" for x in (e.low, e.high)]
+        for metric, e in swept_metrics(model, generate=knob != "epochs_by_hand").items():
             rows.append(common | {"setting": value, "metric": metric, "value": f"{e.value:.4f}"})
-            rows[-1] |= {"low": ends[0], "high": ends[1], "n": e.n} | _about(key)
-        start = time.perf_counter()
+            rows[-1] |= {"low": f"{e.low:.4f}", "high": f"{e.high:.4f}", "n": e.n} | _about(key)
     _replace(name, "sweeps", common, rows)
 
 
