@@ -176,8 +176,8 @@ def _draw(temperature: float):
 
 
 def _thinning(write, cache, ids, mask, end: int, max_new_tokens: int) -> list[list[int]]:
-    """New tokens of each row, up to and with its first `end`. Whenever a quarter of the rows has ended, the others go
-    on without them: a batch is otherwise as slow as its longest answer, for every row."""
+    """New tokens of each row; what follows its first `end` is padding. Whenever a quarter of the rows has ended, the
+    others go on without them: a batch is otherwise as slow as its longest answer, for every row."""
     import torch
 
     width, rows, found = ids.shape[1], list(range(len(ids))), {}
@@ -213,10 +213,10 @@ def generate(
     """Answers to chat prompts (lists of role/content), in the order given. Greedy unless `sampling` holds arguments of
     transformers' `generate`, such as `do_sample=True, temperature=0.7`.
 
-    Prompts are sorted by length and padded on the left; generation stops at the end of turn; what all prompts share is
-    read once; a PEFT adapter is merged meanwhile. `processors`: a function that gets the places in `prompts` of one
-    batch and makes the list of logits processors for that batch. Source of the equality tests:
-    `tests/unit/test_evaluation.py`.
+    Prompts are sorted by length and padded on the left; generation stops at the end of turn, and on a CPU answers that
+    have ended leave their batch; what all prompts share is read once; a PEFT adapter is merged meanwhile. `processors`:
+    a function that gets the places in `prompts` of one batch and makes the list of logits processors for that batch.
+    Source of the equality tests: `tests/unit/test_evaluation.py`.
     """
     import torch
     from transformers import StaticCache

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show, under the memory of a T4: `make test-gpu`, or these tests within `make test`.
+"""What only a CUDA device can show, under the memory of a T4. `make test` skips these tests where there is none.
 
 Each measurement runs in a process of its own (`measure.py`), its memory capped at what a T4 leaves. The figures, with
 the device's name, are kept in `runs/gpu/figures.json`.
