@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from course_lib import LAZY, CourseError, profiles
@@ -23,8 +24,8 @@ def fingerprint(lesson, profile, seed):
 def outputs_fingerprint(cells, lesson):
     """What a lesson's committed outputs depend on: code cells, library, data, its tables in course.toml.
 
-    Prose and the bootstrap cell do not count, nor do comments and docstrings of the library, nor modules that the
-    lesson does not reach, nor recipes that it does not name.
+    Prose and the bootstrap cell do not count, nor do comments and docstrings of the library, nor functions and
+    modules that the lesson does not reach, nor recipes that it does not name.
     """
     return _hash(_inputs(cells, lesson, "cpu"))
 
@@ -43,7 +44,7 @@ def _inputs(cells, lesson, profile):
         lesson.get("bands", {}).get(profile),
         [*lesson.get("metrics", ())],
     ]
-    library = {name: _meaning(name, lesson["id"].split("_")[0]) for name in _reached(code)}
+    library = _library(code, lesson["id"].split("_")[0])
     return [code, tables, of_lesson, library, _data(profiles.ROOT, lesson.get("data", []))]
 
 
@@ -69,20 +70,60 @@ def _hash(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
-def _reached(code):
-    """Modules of the library that the cells import, and those that these import in turn."""
+def _library(code, number):
+    """{module: its source as far as the cells reach it}: what they import and name, and what that imports and names.
+
+    A name that occurs counts for every module that is reached, so that too much is taken rather than too little.
+    """
     every = {path.stem for path in LIBRARY.glob("*.py")}
-    found, left = set(), _imports("\n".join(re.sub(r"(?m)^\s*[%!].*$|^.*\?\s*$", "", source) for source in code), every)
-    while left:
-        name = left.pop()
-        found.add(name)
-        left |= _imports((LIBRARY / f"{name}.py").read_text(encoding="utf-8"), every) - found
-    return sorted(found - NO_EFFECT)
+    cells = "\n".join(re.sub(r"(?m)^\s*[%!].*$|^.*\?\s*$", "", source) for source in code)
+    modules, taken = _imports(cells, every), {}
+    # `import course_lib`, or cells that cannot be read: all of it counts.
+    words = None if modules == every else _words(ast.parse(cells))
+    while True:
+        left = [(m, n, node) for m in modules - NO_EFFECT for n, node in enumerate(_body(m, number))
+                if (m, n) not in taken and (words is None or _named(node, words))]  # fmt: skip
+        if not left:
+            break
+        for module, n, node in left:
+            taken[module, n] = ast.unparse(node)  # not ast.dump, which differs between versions of Python
+            modules |= _imports(node, every)
+            words = words and words | _words(node)
+    return {m: "\n".join(taken[key] for key in sorted(taken) if key[0] == m) for m in sorted(modules - NO_EFFECT)}
+
+
+def _named(node, words):
+    """Whether a top-level statement of a module counts: a definition or an import does where its name occurs."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return node.name in words or node.name.startswith("__") or bool(_registered(node))
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        own = "course_lib" in ast.unparse(node)
+        return own or any((alias.asname or alias.name).split(".")[0] in words for alias in node.names)
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        return any(name in words for name in names)
+    return True
+
+
+def _words(tree):
+    """Every name, attribute and text that is a name."""
+    words = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            words.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            words.add(node.attr)
+        elif isinstance(node, ast.alias):
+            words |= set(node.name.split("."))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            words.add(node.value)
+    return words
 
 
 def _imports(source, every):
     try:
-        tree = ast.parse(source)
+        tree = ast.parse(source) if isinstance(source, str) else source
     except SyntaxError:
         return set(every)
     names = set()
@@ -102,23 +143,31 @@ def _imports(source, every):
     return names & every
 
 
-def _meaning(module, number):
-    """A module without comments and docstrings, and without the checks of other lessons' exercises."""
-    tree = ast.parse((LIBRARY / f"{module}.py").read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if not _check_of_another(node, number)]
+@lru_cache(maxsize=64)
+def _statements(path, changed):
+    """A module's statements without comments and docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
                 node.body = node.body[1:]
-    return ast.unparse(tree)  # not ast.dump, which differs between versions of Python
+    return tree.body
 
 
-def _check_of_another(node, number):
+def _body(module, number):
+    """A module's statements without the checks of other lessons' exercises."""
+    path = LIBRARY / f"{module}.py"
+    found = _statements(path, path.stat().st_mtime_ns)
+    return [node for node in found if (_registered(node) or number).split(".")[0] == number]
+
+
+def _registered(node):
+    """The exercise that a function checks, as "04.1"; None for all others."""
     for call in getattr(node, "decorator_list", ()):
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "register":
-            return not str(getattr(call.args[0], "value", number)).startswith(f"{number}.")
-    return False
+            return str(getattr(call.args[0], "value", ""))
+    return None
 
 
 def _data(root, names):

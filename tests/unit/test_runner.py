@@ -356,6 +356,23 @@ def test_what_changes_the_fingerprint_of_outputs(course, library):
     assert now(course) == now(course, title="other", minutes={"ci": 3}, bands={"ci": {"exact": [0, 1]}})
 
 
+def test_a_function_that_no_cell_reaches_does_not_count(course, library):
+    models = "from course_lib import hardware\n\ndef load():\n    return {}(hardware.x)\n\ndef {}(x):\n    return {}\n"
+
+    def of(*parts):
+        (library / "models.py").write_text(models.format(*parts))
+        return now(course)
+
+    assert of("int", "other", 1) == of("int", "other", 2) == of("int", "another", 2)
+    assert of("other", "other", 1) != of("other", "other", 2)
+    assert of("int", "__getattr__", 1) != of("int", "__getattr__", 2)
+    by_name = "def load():\n    return globals()['other']\n\ndef other():\n    return {}\n"
+    (library / "models.py").write_text(by_name.format(1))
+    before = now(course)
+    (library / "models.py").write_text(by_name.format(2))
+    assert now(course) != before
+
+
 def test_a_file_of_data_counts_as_a_folder_does(course, library):
     path = course.root / "data" / "ladder.csv"
     path.write_text("a\n")
