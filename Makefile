@@ -103,4 +103,6 @@ install:
 	fi; \
 	$(PY) -m pip install --disable-pip-version-check $$index -r requirements.txt; \
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .; \
+	$(PY) -m pip install --disable-pip-version-check --quiet -c requirements.txt $$($(PY) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['reasoning'])") 2>/dev/null \
+	  || echo "note: reasoning-gym could not be installed (it needs a C compiler): lesson 09 leaves out what needs it."; \
 	echo "$(KEY)" > $(STAMP)
