@@ -93,7 +93,7 @@ def qlora_savings(training=10, storage=100, full=384, qlora=72):
     thin = adapter_size(shape, 16, ("q_proj", "v_proj"))
     cost, size = full / qlora, 2 * shape.parameters / (4 * thin)
     cases = {"training": near(training, cost), "storage": near(storage, size)}
-    return Finding(cases, f"training {full} / {qlora} = {cost:.1f} times, storage {size:.0f} times")
+    return Finding(cases, f"training {full} / {qlora} = {cost:.1f} times, storage {size:.0f} times (rank 16)")
 
 
 @register("14.D29", requests=100)
@@ -973,9 +973,8 @@ def window_alarm(window=100, limit=0.90, healthy=0.95, requests=2400):
         ok = np.concatenate([[0], np.cumsum(rng.random(requests) < healthy)])
         hits += bool(((ok[window:] - ok[:-window]) < window * limit).any())
     cases = {"one window": one < 0.05, "a day of windows": day < 0.05, "a sliding window": hits / 200 < 0.05}
-    return Finding(
-        cases, f"false alarms: {one:.2%} of windows, {day:.0%} of days, {hits / 2:.0f} % of days if it slides"
-    )
+    told = f"{one:.2%} of windows, {day:.0%} of days with {requests:,} requests, {hits / 2:.0f} % of them if it slides"
+    return Finding(cases, f"false alarms: {told}")
 
 
 @register("14.B94", order="drawn")

@@ -78,6 +78,7 @@ def test_no_check_is_a_constant(results, name):
 
 
 def numbers(text: str) -> set[float]:
+    text = re.sub(r"[A-Za-z]+-\d[\w-]*", "", text)  # names: Llama-2-7B, GPT-2
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     return {float(n) for n in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]?\d+)?", text)}
 
