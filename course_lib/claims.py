@@ -55,6 +55,9 @@ class Finding:
     once: tuple[str, str] | None = None
     spread: float = 1.0
 
+    def __post_init__(self):  # NumPy's truth values would not be JSON, nor the objects True and False
+        object.__setattr__(self, "cases", {name: bool(holds) for name, holds in self.cases.items()})
+
     @property
     def verdict(self) -> str:
         """The rule of the whole table; nothing else decides a verdict."""

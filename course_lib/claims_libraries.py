@@ -352,7 +352,7 @@ def starts_gaussian(inits=(True, "gaussian")):
     for init in inits:
         model = lora(tiny(hidden_size=512, num_attention_heads=8), std=0, r=64, init_lora_weights=init)
         a = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
-        found["default" if init is True else init] = float(((a - a.mean()) ** 4).mean() / a.var() ** 2)
+        found["default" if init is True else init] = (((a - a.mean()) ** 4).mean() / a.var() ** 2).item()
     told = ", ".join(f"{name} {k:.2f}" for name, k in found.items())
     cases = {name: near(3, k, 0.1) for name, k in found.items()}
     return Finding(cases, f"kurtosis of A: {told}; 3 is Gaussian, 1.8 uniform")
@@ -405,7 +405,7 @@ def effective_rate(optimizers=("Adam", "SGD"), alphas=(8, 16, 32, 64)):
             made.step()
             layer = model.base_model.model.model.layers[0].self_attn.q_proj
             b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
-            sizes.append(float((layer.scaling["default"] * b @ a).norm()))
+            sizes.append((layer.scaling["default"] * b @ a).norm().item())
         found[name] = [s / sizes[0] for s in sizes]
     told = "; ".join(f"{name} {', '.join(f'{x:.1f}' for x in sizes)}" for name, sizes in found.items())
     cases = {n: all(near(a / alphas[0], x) for a, x in zip(alphas, s, strict=True)) for n, s in found.items()}

@@ -306,7 +306,8 @@ def prefix_tuning(percent=(0.01, 0.1), tokens=20):
     n = tokens * 2 * SEVEN.blocks * SEVEN.hidden
     share = 100 * n / SEVEN.parameters
     return Finding(
-        {f"{tokens} tokens": percent[0] <= share <= percent[1]}, f"{n:,} weights, {share:.3f} % of a 7B model"
+        {f"{tokens} tokens": percent[0] <= share <= percent[1]},
+        f"{tokens} tokens: {n:,} weights, {share:.3f} % of a 7B model",
     )
 
 

@@ -808,9 +808,17 @@ def _a_check_that_can_fail(answer):
     def expected(p, k):
         return sum(p**i for i in range(k + 1))
 
-    settings = ((0.8, 4), (0.6, 5), (0.95, 3), (0.5, 1))
-    tried = [(expected(p, k) * off, p, k, "correct" if abs(off - 1) <= 0.02 else "wrong")
-             for p, k in settings for off in (1.0, 1.015, 0.985, 1.03, 0.97)] + [(4.0, 0.8, 4, "wrong")]  # fmt: skip
+    slips = (
+        (lambda p, k: p * k, "a draft after a refused one is lost, so accepted x drafted is too many"),
+        (lambda p, k: p * k + 1, "a draft after a refused one is lost, so accepted x drafted is too many"),
+        (lambda p, k: expected(p, k) - 1, "the pass itself adds a token"),
+        (lambda p, k: expected(p, k - 1), "count every draft, and the token of the pass"),
+        (lambda p, k: expected(p, k + 1), "one term too many"),
+    )
+    settings = ((0.8, 4), (0.6, 5), (0.95, 3), (0.5, 2))
+    claimed = [(expected(p, k) * off, p, k) for p, k in settings for off in (1.0, 1.015, 0.985, 1.03, 0.97)]
+    claimed += [(slip(p, k), p, k) for slip, _ in slips for p, k in settings] + [(4.0, 0.8, 4)]
+    tried = [(c, p, k, "correct" if abs(c / expected(p, k) - 1) <= 0.02 else "wrong") for c, p, k in claimed]
     found = [" ".join(str(answer(c, p, k)).lower().split()) for c, p, k, _ in tried]
     if not set(found) <= {"correct", "wrong"}:
         return False, f'it returned {found[0]!r}; the words are "correct" and "wrong".'
@@ -825,13 +833,6 @@ def _a_check_that_can_fail(answer):
 
     if found == [right for *_, right in tried]:
         return True, "it accepts the control and refuses the claim."
-    slips = (
-        (lambda p, k: p * k, "a draft after a refused one is lost, so accepted x drafted is too many"),
-        (lambda p, k: p * k + 1, "a draft after a refused one is lost, so accepted x drafted is too many"),
-        (lambda p, k: expected(p, k) - 1, "the pass itself adds a token"),
-        (lambda p, k: expected(p, k - 1), "count every draft, and the token of the pass"),
-        (lambda p, k: expected(p, k + 1), "one term too many"),
-    )
     for slip, text in slips:
         if same(slip):
             return False, f"{text}."

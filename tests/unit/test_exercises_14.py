@@ -105,7 +105,7 @@ def summed(p, k):
     return sum(p**i for i in range(k + 1))
 
 
-def simulated(p, k, n=400_000):
+def simulated(p, k, n=100_000):
     """Without the formula: how many drafts in a row are accepted."""
     import numpy as np
 
