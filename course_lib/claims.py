@@ -219,6 +219,11 @@ def choose(results: list[Result], **wanted) -> list[Result]:
     return [r for r in results if all(fits(r.row, *pair) for pair in wanted.items())]
 
 
+def _plain(text: str) -> str:
+    """Text for a cell of an HTML table. Between two bare dollar signs a notebook would set a formula."""
+    return escape(text).replace("$", "<span>$</span>")
+
+
 def show(results: list[Result], fold: bool = False, **wanted):
     """A table of claims, verdicts as the checks found them, and evidence; `wanted` as for `choose`. fold: closed until
     the reader opens it. No script in it, so that it reads the same in a notebook and in a report."""
@@ -230,6 +235,6 @@ def show(results: list[Result], fold: bool = False, **wanted):
     chosen = choose(results, **wanted)
     for r in chosen:
         cells = (r.row["id"], r.row["source"], r.row["claim"], r.finding.verdict, r.finding.evidence)
-        lines += ["<tr>", *(f'<td style="{style}">{escape(cell)}</td>' for cell in cells), "</tr>"]
+        lines += ["<tr>", *(f'<td style="{style}">{_plain(cell)}</td>' for cell in cells), "</tr>"]
     table = "\n".join([*lines, "</table>"])
     return HTML(f"<details><summary>All {len(chosen)} claims</summary>\n{table}\n</details>" if fold else table)

@@ -186,9 +186,14 @@ def test_show_is_a_table_without_a_script(results):
     shown = claims.show(list(results.values()), area="cost").data
     assert shown.count("<tr>") == 1 + len(claims.load("cost")) and "<script" not in shown and "383.8M" in shown
     row = ROWS[0] | {"claim": "a < b <script>"}
-    finding = claims.Finding({"a": True}, "1 < 2")
+    finding = claims.Finding({"a": True}, "1 < 2, $3 to $4")
     shown = claims.show([claims.Result(row, finding, finding)], fold=True).data
-    assert "a &lt; b &lt;script&gt;" in shown and "1 &lt; 2" in shown and "All 1 claims" in shown
+    assert (
+        "a &lt; b &lt;script&gt;" in shown
+        and "1 &lt; 2" in shown
+        and "<span>$</span>3" in shown
+        and "All 1 claims" in shown
+    )
 
 
 def test_a_changed_check_makes_the_lesson_stale():
