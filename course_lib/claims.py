@@ -225,16 +225,17 @@ def _plain(text: str) -> str:
 
 
 def show(results: list[Result], fold: bool = False, **wanted):
-    """A table of claims, verdicts as the checks found them, and evidence; `wanted` as for `choose`. fold: closed until
+    """A table of claims, verdicts as the checks found them, corrected facts and evidence; `wanted` as for `choose`. fold: closed until
     the reader opens it. No script in it, so that it reads the same in a notebook and in a report."""
     from IPython.display import HTML
 
-    head = ("claim", "source", "it says", "verdict", "what was computed")
+    head = ("claim", "source", "it says", "verdict", "what is so", "what the check computed")
     style = "text-align:left;vertical-align:top"
     lines = ["<table><tr>", *(f'<th style="{style}">{name}</th>' for name in head), "</tr>"]
     chosen = choose(results, **wanted)
     for r in chosen:
-        cells = (r.row["id"], r.row["source"], r.row["claim"], r.finding.verdict, r.finding.evidence)
+        fact = f"{r.row['fact']} ({r.row['reference']})"
+        cells = (r.row["id"], r.row["source"], r.row["claim"], r.finding.verdict, fact, r.finding.evidence)
         lines += ["<tr>", *(f'<td style="{style}">{_plain(cell)}</td>' for cell in cells), "</tr>"]
     table = "\n".join([*lines, "</table>"])
     return HTML(f"<details><summary>All {len(chosen)} claims</summary>\n{table}\n</details>" if fold else table)

@@ -431,7 +431,9 @@ def two_adapters(named=False):
         else:
             PeftModel.from_pretrained(base, Path(place) / "b")
         moved = gap(before, logits(first))
-    return Finding({"the first adapter still answers": moved < 1e-5}, f"its logits moved by {moved:.2f}")
+    return Finding(
+        {"the first adapter still answers": moved < 1e-5}, f"the first adapter's logits moved by {moved:.2f}"
+    )
 
 
 @register("14.C08", kept=("the merged weights alone",))
