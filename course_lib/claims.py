@@ -225,8 +225,11 @@ def _plain(text: str) -> str:
 
 
 def show(results: list[Result], fold: bool = False, **wanted):
-    """A table of claims, verdicts as the checks found them, corrected facts and evidence; `wanted` as for `choose`. fold: closed until
-    the reader opens it. No script in it, so that it reads the same in a notebook and in a report."""
+    """A table of claims, verdicts as the checks found them, corrected facts and evidence.
+
+    wanted: as for `choose`. fold: closed until the reader opens it. No script in it, so that it reads the same in a
+    notebook and in a report.
+    """
     from IPython.display import HTML
 
     head = ("claim", "source", "it says", "verdict", "what is so", "what the check computed")
