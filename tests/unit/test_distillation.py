@@ -168,3 +168,41 @@ def test_one_step_on_policy_moves_the_student_and_not_the_teacher(tiny_model, ti
     moved = distillation.on_policy(student, teacher, tiny_tokenizer, prompts, steps=1, batch=2, rate=1e-2, seed=0)
     assert not torch.equal(moved.model.layers[0].mlp.up_proj.weight, before)
     assert torch.equal(teacher.model.layers[0].mlp.up_proj.weight, kept)
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+
+def test_reference_pieces_are_measured_once(monkeypatch, tmp_path, capsys):
+    from course_lib import evaluation, reference
+
+    asked = []
+    measured = {"completion_nll": evaluation.mean([1.0, 2.0]), "exact_match": evaluation.proportion([True, False])}
+    monkeypatch.setattr(reference, "FOLDER", tmp_path)
+    monkeypatch.setattr(reference, "swept_metrics", lambda model, n: measured | {"forgetting": None})
+    monkeypatch.setattr(distillation, "_piece", lambda *piece: asked.append(piece))
+    distillation.make_reference((0,))
+    assert len(asked) == sum(map(len, distillation.SWEEPS.values())) and (0, "depth", 5) in asked
+    rows = reference.read("student", "sweeps")
+    assert len(rows) == 2 * len(asked) and {r["metric"] for r in rows} == {"completion_nll", "exact_match"}
+    assert all(row[column] for row in rows for column in ("date", "torch", "key", "value", "n"))
+    distillation.make_reference((0,))
+    assert len(asked) == sum(map(len, distillation.SWEEPS.values()))
+    assert capsys.readouterr().out.count(": stored") == len(asked)
+
+
+@pytest.mark.parametrize(("knob", "setting"), [("method", "gold"), ("beta", 1.0), ("temperature", 2.0), ("depth", 2)])
+def test_reference_pieces_train_what_they_say(monkeypatch, tiny_model, tiny_tokenizer, rows, knob, setting):
+    from types import SimpleNamespace
+
+    teacher = tiny_model().requires_grad_(False)
+    sizes = SimpleNamespace(steps=2, batch=3, learning_rate=1e-3)
+    gold = distillation.batches(tiny_tokenizer, rows[:3], 3)
+    both = [distillation.with_teacher(teacher, b, 8) for b in distillation.batches(tiny_tokenizer, rows, 3)]
+    seen, train = [], distillation.train
+    monkeypatch.setattr(distillation, "_materials", lambda: (teacher, tiny_tokenizer, sizes, gold, both, []))
+    monkeypatch.setattr(distillation, "DEPTH", 2)
+    monkeypatch.setattr(distillation, "train", lambda s, *args: seen.append(args) or train(s, *args))
+    student = distillation._piece(0, knob, setting)
+    assert student.config.num_hidden_layers == 2 and not student.training
+    assert seen[0][0] is (gold if setting == "gold" else both) and seen[0][3] == 1e-3
