@@ -839,3 +839,106 @@ def _a_check_that_can_fail(answer):
     if same(expected, 1e-9) or same(expected, 0.05) or same(expected, 0.01):
         return False, "the number is right; 2 in 100 are allowed to both sides."
     return False, "add up the chance that each draft and all before it are accepted, and one."
+
+
+# --- lesson 08 -------------------------------------------------------------------------------------------------------
+
+
+@register("08.1", "Write kd(student, teacher, T), which returns Hinton's loss for one token.")
+def _hintons_loss(answer):
+    cases = (
+        ([0.0, 1.0, -2.0], [3.0, 0.5, -1.0], 1.0),
+        ([0.5, 0.25, 2.0, -1.0], [2.0, 1.5, -3.0, 0.0], 2.0),
+        ([4.0, -4.0], [-1.0, 2.0], 4.0),
+        ([1500.0, 1499.0, 0.0], [1498.0, 1500.0, 0.0], 1.5),
+    )
+
+    def log_p(logits, T):
+        top = max(logits) / T
+        total = math.log(sum(math.exp(x / T - top) for x in logits))
+        return [x / T - top - total for x in logits]
+
+    def kl(p, q):
+        return sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+
+    def right(s, t, T):
+        return kl(log_p(t, T), log_p(s, T)) * T * T
+
+    def same(formula):
+        return all(math.isclose(a, formula(*case), rel_tol=1e-3, abs_tol=1e-5)
+                   for a, case in zip(found, cases, strict=True))  # fmt: skip
+
+    found = [float(answer(list(s), list(t), T)) for s, t, T in cases]
+    if not all(map(math.isfinite, found)):
+        return False, "large logits give no number: subtract the largest one first, or use log_softmax."
+    slips = (
+        (lambda s, t, T: right(s, t, T) / T**2, "the factor that keeps the gradient's size is missing."),
+        (lambda s, t, T: right(s, t, T) / T, "the gradient shrinks with T squared, not with T."),
+        (lambda s, t, T: right(t, s, T), "that is the other direction: the teacher's probabilities weigh."),
+        (lambda s, t, T: right(t, s, T) / T**2, "that is the other direction, and the factor is missing."),
+        (lambda s, t, T: kl(log_p(t, 1), log_p(s, T)) * T * T, "the teacher is softened too."),
+        (lambda s, t, T: kl(log_p(t, T), log_p(s, 1)) * T * T, "the student is softened too."),
+        (lambda s, t, T: -right(s, t, T), "a divergence is never negative: turn the sign."),
+    )
+    if same(right):
+        return True, "forward KL, both sides softened, and the factor at the end."
+    return False, next((text for slip, text in slips if same(slip)), "the values are others.")
+
+
+@register("08.2", 'Give for each offer a number in its unit, or "never".')
+def _three_bills(answer):
+    wanted = {"a": 2000.0, "b": 1_000_000.0, "c": "never"}
+    slips = {
+        "a": (
+            (2e9, "millions of tokens are asked for"),
+            (6000 / 3.2, "the student costs something too"),
+            (6000 / 3.4, "the prices are subtracted"),
+        ),
+        "b": (
+            (2000.0, "that is the answer to a"),
+            (1.0, "requests are asked for, not millions of them"),
+            (2e9, "those are tokens: a request has 2,000 of them"),
+            (4e6, "a request has 2,000 tokens: divide"),
+        ),
+        "c": (),
+    }
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+
+    def wrong(name):
+        given = answer[name]
+        word = " ".join(given.lower().split()) if isinstance(given, str) else None
+        if name == "c":
+            return None if word == "never" else "what does a month cost with the teacher, and with the machine?"
+        if word is not None:
+            return "the student is cheaper by the token, so there is such a volume"
+        near = [text for value, text in slips[name] if math.isclose(float(given), value, rel_tol=5e-3)]
+        if math.isclose(float(given), wanted[name], rel_tol=5e-3):
+            return None
+        return near[0] if near else "what was paid once, over what is saved"
+
+    found = {name: text for name in wanted if (text := wrong(name))}
+    if found:
+        return False, "look again at " + "; ".join(f"{name} ({text})" for name, text in found.items()) + "."
+    return True, "a volume has a unit, and some volumes do not exist."
+
+
+@register("08.3", "Give for each desk one of the five words of the list.")
+def _which_method(answer):
+    wanted = {"a": "sequence kd", "b": "logit kd", "c": "gold labels", "d": "on-policy kd", "e": "no student"}
+    hints = {
+        "a": "what does this interface hand out?",
+        "b": "what do the weights give beyond a text?",
+        "c": "which of the two is right more often?",
+        "d": "whose texts must the student see?",
+        "e": "what does the teacher's bill come to in a month?",
+    }
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    given = {name: " ".join(str(word).lower().split()) for name, word in answer.items()}
+    wrong = [f"{name} ({hints[name]})" for name in wanted if given[name] != wanted[name]]
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    return True, "what is at hand decides, and what it costs."
