@@ -12,7 +12,7 @@ from course_lib import CourseError
 
 OK, FAILED, WRONG = 0, 1, 2
 # What the course puts into its cache; a folder named by COURSE_CACHE may hold more.
-CACHE = ("smollm2-*", "making-*", "fetch.lock", "adapters")
+CACHE = ("smollm2-*", "making-*", "fetch.lock", "adapters", "samples")
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -97,6 +97,12 @@ def reference(args):
             importlib.import_module(f"course_lib.{module}").make_reference(seeds)
         elif args.lessons or table.get("introduces"):
             reference.run(table["id"], args.seed)
+
+
+def drift(args):
+    from course_lib import drift
+
+    return drift.main(args.run, args.tests)
 
 
 def memory(args):
@@ -361,6 +367,9 @@ def parser():
     switch = argparse.BooleanOptionalAction
     sub.add_argument("--checkpointing", action=switch, default=True, help="keep the input of each block only")
 
+    sub = add(drift, "say which pins have newer releases", "drift", "drift --run", "drift --run -- tests/unit")
+    sub.add_argument("--run", action="store_true", help="run the test suite with them, in an environment of its own")
+    sub.add_argument("tests", nargs="*", metavar="TEST", help="with --run: what pytest runs (default: all)")
     add(bench, "measure the course's speed against TRL's defaults")
     sub = add(clean, "remove the folders of runs, never your notebooks", "clean", "clean --cache")
     sub.add_argument("--cache", action="store_true", help="also the cache of models and adapters")

@@ -13,7 +13,7 @@ from course_lib.index import tags
 
 LIBRARY = Path(__file__).parent
 # Modules that cannot change what a lesson computes.
-NO_EFFECT = {"__main__", "cli", "runner", "fingerprints", "report", "gates", "index", "bench", "colab"}
+NO_EFFECT = {"__main__", "cli", "runner", "fingerprints", "report", "gates", "index", "bench", "colab", "drift"}
 
 
 def fingerprint(lesson, profile, seed):
