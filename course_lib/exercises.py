@@ -942,3 +942,86 @@ def _which_method(answer):
     if wrong:
         return False, "look again at " + "; ".join(wrong) + "."
     return True, "what is at hand decides, and what it costs."
+
+
+# --- lesson 12 -------------------------------------------------------------------------------------------------------
+
+
+@register("12.1", "Give for each request the number that the service answers with.")
+def _what_to_answer(answer):
+    wanted = {"a": 200, "b": 429, "c": 422, "d": 401, "e": 503, "f": 503}
+    hints = {
+        "a": "nothing is wrong with it",
+        "b": "the client did nothing wrong, it should come again later",
+        "c": "a field that is not taken is refused, not ignored",
+        "d": "without a key nobody knows who asks, whatever a header says",
+        "e": "its time is over, and that was not the client's doing",
+        "f": "the fault is on the server's side, and nobody else's adapter may answer",
+    }
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    wrong = [f"{name} ({hints[name]})" for name in wanted if int(answer[name]) != wanted[name]]
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    return True, "4xx where the client has something to change or to wait for, 503 where the server could not."
+
+
+@register("12.2", "Write false_alarm(n, rate, limit), which returns the probability that one window fires.")
+def _false_alarm(answer):
+    windows = ((100, 0.95, 90), (50, 0.9, 40), (10, 0.5, 5), (300, 0.98, 285), (20, 0.99, 20))
+
+    def terms(n, rate, numbers):
+        return sum(math.comb(n, j) * rate**j * (1 - rate) ** (n - j) for j in numbers)
+
+    def same(formula):
+        return all(
+            math.isclose(x, formula(*w), rel_tol=1e-6, abs_tol=1e-12) for x, w in zip(found, windows, strict=True)
+        )
+
+    found = [float(answer(*window)) for window in windows]
+    if same(lambda n, rate, limit: terms(n, rate, range(limit))):
+        return True, "a binomial tail: one of ninety windows cries wolf at the checklist's threshold."
+    slips = (
+        (lambda n, r, k: terms(n, r, range(k + 1)), "at the limit itself the alarm is silent: fewer than limit."),
+        (lambda n, r, k: terms(n, r, range(k, n + 1)), "that is the probability that it stays silent."),
+        (lambda n, r, k: terms(n, 1 - r, range(k)), "rate is the probability of a right answer, not of a wrong one."),
+        (lambda n, r, k: terms(n, r, [k]), "that is exactly limit right answers: add up all that are fewer."),
+        (lambda n, r, k: terms(n, r, [k - 1]), "that is one number of right answers: add up all that are fewer."),
+    )
+    return False, next((text for slip, text in slips if same(slip)), "the values are others: add up the binomial.")
+
+
+@register("12.3", "Write room(ranks, per_rank, page), which returns the bytes with slots and the bytes with pages.")
+def _room_for_adapters(answer):
+    tries = (
+        ([16, 16, 4], 1000, 4096),
+        ([64, 8, 8, 8, 8], 500, 300),
+        ([9], 100, 1000),
+        ([32], 128, 64),
+        ([256, 3], 777, 512),
+    )
+
+    def ceiling(ranks):
+        return min(c for c in (8, 16, 32, 64, 128, 256) if c >= max(ranks))
+
+    def pages(ranks, per_rank, page):
+        return sum(-(-rank * per_rank // page) for rank in ranks) * page
+
+    found = [tuple(float(x) for x in answer(list(ranks), per_rank, page)) for ranks, per_rank, page in tries]
+    wanted = [(len(r) * ceiling(r) * per, pages(r, per, page)) for r, per, page in tries]
+    if found == wanted:
+        return True, "slots pay the ceiling for everybody, pages at most one page too much for each."
+    slots_right = all(f[0] == w[0] for f, w in zip(found, wanted, strict=True))
+    pages_right = all(f[1] == w[1] for f, w in zip(found, wanted, strict=True))
+    if slots_right and not pages_right:
+        if all(f[1] == -(-sum(r) * per // page) * page for f, (r, per, page) in zip(found, tries, strict=True)):
+            return False, "slots are right; an adapter starts on a page of its own: round each one up, then add."
+        if all(f[1] == sum(r) * per for f, (r, per, page) in zip(found, tries, strict=True)):
+            return False, "slots are right; pages are taken whole: round each adapter up."
+        return False, "slots are right, pages not yet: whole pages for each adapter, in bytes."
+    if pages_right:
+        if all(f[0] == len(r) * max(r) * per for f, (r, per, page) in zip(found, tries, strict=True)):
+            return False, "pages are right; a ceiling is one of the listed ranks, not the largest adapter's own."
+        return False, "pages are right, slots not yet: every slot is as large as the ceiling."
+    return False, "both differ: slots pay the ceiling for each adapter, pages round each adapter up."
