@@ -1,4 +1,5 @@
 import math
+import os
 import threading
 import time
 import types
@@ -137,6 +138,18 @@ def test_a_verifier_that_takes_too_long_is_stopped(swallow):
     assert reward.score("a" * 40, None) == 0.0
     assert time.monotonic() - start < 5 and reward.errors[0]["kind"] == "time"
     assert reward.score("b", None) == 0.0 or swallow  # the next one is judged as ever
+
+
+def test_puzzles_of_reasoning_gym_are_judged():
+    if os.environ.get("CI") != "true":  # optional for a learner, required where the whole suite runs
+        pytest.importorskip("reasoning_gym")
+    import reasoning_gym
+
+    data = reasoning_gym.create_dataset("chain_sum", size=3, seed=0, min_terms=2, max_terms=2, max_digits=1)
+    reward = routing.Reward(lambda text, item: data.score_answer(text, item), seconds=20)
+    for item in data:
+        assert reward.score(item["answer"], item) == 1.0 and reward.score("", item) == 0.0
+    assert reward.errors == []
 
 
 def test_without_a_time_limit_nothing_is_judged():
