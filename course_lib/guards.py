@@ -440,7 +440,7 @@ def require_no_conflict(losses: dict, most: float = 0.5) -> None:
 
     losses: name of an adapter to (loss alone, loss combined), on its own task in nats per token.
     """
-    if worse := {name: round(b - a, 2) for name, (a, b) in losses.items() if b - a > most}:
+    if worse := {name: round(float(b - a), 2) for name, (a, b) in losses.items() if b - a > most}:
         raise GuardError(
             f"combined, the loss rises by {worse}, at most {most} is allowed: the adapters pull the same weights in "
             "different directions. Serve them one at a time, or train one adapter on both tasks."
