@@ -1,6 +1,7 @@
 """The guards of lesson 10: each fires on the fault, names value and cure, and is silent on the healthy case."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -170,9 +171,19 @@ def every_guard():
     return {name for name, f in inspect.getmembers(guards, inspect.isfunction) if name.startswith("require_")}
 
 
-def test_every_guard_has_an_exhibit_and_every_exhibit_a_guard():
-    import re
+def cells(kind):
+    nb = index.read(index.notebook_path(profiles.lesson("10")))
+    return "\n".join(cell.source for cell in nb.cells if cell.cell_type == kind)
 
-    lesson = profiles.lesson("10")
-    code = "\n".join(cell.source for cell in index.read(index.notebook_path(lesson)).cells if cell.cell_type == "code")
-    assert set(re.findall(r"guards\.(require_\w+)", code)) == every_guard()
+
+def test_every_guard_has_an_exhibit_and_every_exhibit_a_guard():
+    assert set(re.findall(r"guards\.(require_\w+)", cells("code"))) == every_guard()
+
+
+def test_the_catalogue_lists_what_hangs():
+    rows = re.findall(
+        r"(?m)^\| (?:data|training|behaviour|serving) \| ([^|]+) \| [^|]+ \| `(require_\w+)` \|$", cells("markdown")
+    )
+    hung = set(re.findall(r'exhibit\(\s*"([^"]+)"', cells("code"))) - {"a test"}
+    assert {mode for mode, _ in rows} == hung and len(rows) == len(hung) == 38
+    assert {guard for _, guard in rows} == every_guard()
