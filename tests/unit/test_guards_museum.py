@@ -181,9 +181,8 @@ def test_every_guard_has_an_exhibit_and_every_exhibit_a_guard():
 
 
 def test_the_catalogue_lists_what_hangs():
-    rows = re.findall(
-        r"(?m)^\| (?:data|training|behaviour|serving) \| ([^|]+) \| [^|]+ \| `(require_\w+)` \|$", cells("markdown")
-    )
+    row = r"(?m)^\| (?:data|training|behaviour|serving) \| ([^|]+) \| [^|]+ \| `(require_\w+)` \|$"
+    rows = re.findall(row, cells("markdown"))
     hung = set(re.findall(r'exhibit\(\s*"([^"]+)"', cells("code"))) - {"a test"}
     assert {mode for mode, _ in rows} == hung and len(rows) == len(hung) == 38
     assert {guard for _, guard in rows} == every_guard()
