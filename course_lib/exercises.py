@@ -1145,3 +1145,96 @@ def _four_grpo_logs(answer):
     if wrong:
         return False, "look again at " + "; ".join(wrong) + "."
     return True, "the reward alone would have told two of them apart."
+
+
+# --- lesson 10 -------------------------------------------------------------------------------------------------------
+
+
+@register("10.1", "Give for each report the guard that would have stopped it earliest, by its name.")
+def _six_reports(answer):
+    wanted = {
+        "a": "require_end_token",
+        "b": "require_current",
+        "c": "require_disjoint",
+        "d": "require_base",
+        "e": "require_bare",
+        "f": "require_same_start",
+    }
+    hints = {
+        "a": "what were the rows not taught?",
+        "b": "a fact that changes was in the rows",
+        "c": "the questions leaked into the training, perhaps under other ids",
+        "d": "something beneath the adapters changed, and its shapes did not",
+        "e": "the base had adapter layers already",
+        "f": "two models should be the same at step 0",
+    }
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    given = {name: str(word).strip().removeprefix("guards.").removesuffix("()") for name, word in answer.items()}
+    given = {name: word if word.startswith("require_") else f"require_{word}" for name, word in given.items()}
+    wrong = [f"{name} ({hints[name]})" for name in wanted if given[name] != wanted[name]]
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    return True, "five of the six could have been stopped before a training or a release."
+
+
+@register("10.2", "Write require_balance(labels, most), a guard against a label that is too frequent.")
+def _a_guard_of_ones_own(answer):
+    from course_lib import guards
+
+    def fires(labels, **options):
+        try:
+            answer(list(labels), **options)
+        except guards.GuardError as error:
+            return str(error) or "no words"
+        except NotImplementedError:
+            raise
+        except Exception as error:  # any other error is no guard's
+            return error
+        return None
+
+    sick, healthy = ["refund"] * 9 + ["buy"], ["refund", "buy", "cancel", "buy"]
+    found = fires(sick)
+    if isinstance(found, Exception):
+        return False, f"a {type(found).__name__} came instead of a guards.GuardError."
+    if found is None:
+        return False, "it stays silent where nine of ten labels are the same."
+    if "refund" not in found:
+        return False, "it fires, but its error does not name the label."
+    if fires(healthy) is not None:
+        return False, "it fires on four labels of which the most frequent one has a half: a guard must be silent there."
+    if fires(["a"] * 8 + ["b"] * 2) is not None:
+        return False, "eight of ten are exactly the share that is allowed: more than that must fire, not this."
+    if fires(healthy, most=0.4) is None:
+        return False, "it takes no notice of `most`."
+    if fires(["b"] + ["a"] * 9) is None:
+        return False, "it looks at the first label, not at the most frequent one."
+    return True, "it fires, names the label, and is silent where it should be."
+
+
+@register("10.3", "Write exposure_of(planted_loss, other_losses), in bits.")
+def _exposure(answer):
+    cases = [(0.1, [1.0, 2.0, 3.0]), (2.5, [1.0, 2.0, 3.0]), (1.0, [1.0, 1.0, 2.0])]
+    cases.append((5.0, [0.01 * i for i in range(63)]))
+
+    def formula(planted, others, total=1, ties=False, rank_from=1):
+        before = sum(x <= planted if ties else x < planted for x in others)
+        return math.log2(len(others) + total) - math.log2(max(before + rank_from, 1e-9))
+
+    found = [float(answer(planted, list(others))) for planted, others in cases]
+
+    def same(**slip):
+        return all(math.isclose(x, formula(*case, **slip), abs_tol=1e-9) for x, case in zip(found, cases, strict=True))
+
+    if same():
+        return True, "two bits for the best of four, none for the last one."
+    if same(total=0):
+        return False, "the planted code counts among all codes, too."
+    if same(ties=True):
+        return False, "a code with the same loss does not stand before the planted one."
+    if all(math.isclose(x, formula(*c) * math.log(2), abs_tol=1e-9) for x, c in zip(found, cases, strict=True)):
+        return False, "those are nats: take the logarithm to base 2."
+    if all(math.isclose(x, -formula(*case), abs_tol=1e-9) for x, case in zip(found, cases, strict=True)):
+        return False, "the sign: a rank of 1 gives the highest exposure."
+    return False, "the values are others: count the codes with a lower loss first, the rank is one more."
