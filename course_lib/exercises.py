@@ -758,7 +758,7 @@ def _smallest_test(answer):
             n += 1
         return n
 
-    for limit, failures in ((0.01, 0), (0.05, 0), (0.1, 0), (0.05, 1), (0.02, 3)):
+    for limit, failures in ((0.003, 0), (0.05, 0), (0.02, 3), (0.05, 1)):
         found, wanted = answer(limit, failures), least(limit, failures)
         if isinstance(found, bool) or int(found) != found:
             return False, f"limit {limit}, {failures} failures: a whole number is wanted, not {found!r}."
@@ -776,7 +776,7 @@ def _smallest_test(answer):
         ]
         if failures == 0:
             slips.insert(
-                0, (math.ceil(3 / limit), "3 / limit is the rule of three; the exact number is a little less.")
+                0, (math.ceil(3 / limit), "3 / limit is the rule of three; the exact number is less.")
             )
         return False, case + next((text for slip, text in slips if found == slip), f"{found} instead of {wanted}.")
     return True, "the first ticket count at which the limit can be shown at all."

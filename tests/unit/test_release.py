@@ -351,7 +351,18 @@ def test_a_subject_answers_each_question_once(tiny_lora, tiny_tokenizer, monkeyp
     twice = [(who.prose().tolist(), who.outcomes("test", 2), who.ranks()) for _ in range(2)]
     assert twice[0] == twice[1] and len(asked) == 2
     assert len(twice[0][1]) == 2 and all(1 <= rank <= 6 for rank in who.ranks())
-    assert who.answers("test", 2, shots=1)[1][0].prompt_tokens > 2 * who.answers("test", 2)[1][0].prompt_tokens
+
+
+def test_solved_tickets_stand_between_the_instruction_and_the_message(monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "generate", lambda model, tokenizer, prompts, **_: asked.extend(prompts) or [])
+    who = release.Subject(None, SimpleNamespace())
+    who.model = who.tokenizer = None
+    who.answers("test", 1, shots=2)
+    assert [message["role"] for message in asked[0]] == ["system", *["user", "assistant"] * 2, "user"]
+    shown, record = tickets.load("train", 1)[0], tickets.load("test", 1)[0]
+    assert asked[0][2]["content"] == tickets.to_json(tickets.in_words(shown))
+    assert asked[0][-1]["content"] == record["text"]
 
 
 def test_structure_without_a_date_has_no_tool_to_judge(monkeypatch):
