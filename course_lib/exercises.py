@@ -775,9 +775,7 @@ def _smallest_test(answer):
             (strict, "at most so many failures: the number itself belongs to it."),
         ]
         if failures == 0:
-            slips.insert(
-                0, (math.ceil(3 / limit), "3 / limit is the rule of three; the exact number is less.")
-            )
+            slips.insert(0, (math.ceil(3 / limit), "3 / limit is the rule of three; the exact number is less."))
         return False, case + next((text for slip, text in slips if found == slip), f"{found} instead of {wanted}.")
     return True, "the first ticket count at which the limit can be shown at all."
 

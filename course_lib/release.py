@@ -176,7 +176,7 @@ class Subject:
         """Answers to the first prompts of data/safety/<kind>.jsonl, in the desk's route: under its system prompt."""
         lines = (tickets.DATA / "safety" / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()[: self.s.safety]
         prompts = [tickets.messages({"text": json.loads(line)["prompt"]}) for line in lines]
-        write = functools.partial(evaluation.generate, self.model, self.tokenizer, prompts, max_new_tokens=48)
+        write = functools.partial(evaluation.generate, self.model, self.tokenizer, prompts, max_new_tokens=32)
         return [a.text for a in self._once(("replies", kind), write)]
 
 
@@ -195,9 +195,11 @@ def harness(model, tokenizer, n: int | None = None) -> dict[str, list[bool]]:
 
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars and warnings about offered models
         import lm_eval
+        from datasets.utils.logging import disable_progress_bar
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
+        disable_progress_bar()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         with contextlib.chdir(tickets.DATA / "lm_eval"), evaluation.merged(model):
             plain = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -384,7 +386,7 @@ STAGES = {
     for f in (baseline, compatibility, target, structure, capability, safety, privacy, shadow, canary, registration)
 }
 # Files first, then what the model only has to read, then what it has to write.
-CHEAPEST_FIRST = ("compatibility", "capability", "privacy", "baseline", "target", "structure", "safety", "shadow")
+CHEAPEST_FIRST = ("compatibility", "privacy", "capability", "baseline", "target", "structure", "safety", "shadow")
 CHEAPEST_FIRST += ("canary", "registration")
 
 

@@ -214,7 +214,7 @@ def test_the_cheapest_stage_comes_first_and_all_ten_are_run(adapter, stages):
 def test_it_stops_at_the_first_refusal(adapter, stages):
     order = stages("target", "canary")
     found = release.gate(adapter, "ci", say=lambda _: None)
-    assert order == ["compatibility", "capability", "privacy", "baseline", "target"]
+    assert order == ["compatibility", "privacy", "capability", "baseline", "target"]
     assert found.reasons == ["target: a check"] and len(found.skipped) == 5 and not found.passed
 
 
