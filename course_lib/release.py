@@ -19,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from course_lib import CourseError, evaluation, general, models, profiles, tickets
+from course_lib import CourseError, evaluation, general, hardware, models, profiles, tickets
 from course_lib.results import write_json, write_text
 
 SEAL = "seal.json"
 WEIGHTS = "adapter_model.safetensors"
 MAX_RANK = 16  # what the desk's server sets aside for an adapter; a larger one would not load there
 LESSON = "11_evaluation_gate"
+BATCH = 20  # answers written at once
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,11 @@ class Subject:
     def __init__(self, folder: Path | None, s):
         self.folder, self.s, self._known = folder, s, {}
 
+    def close(self) -> None:
+        """Give the model's memory back; what was answered stays, and a new question loads the model again."""
+        if self.__dict__.pop("model", None) is not None:
+            hardware.give_back_memory()
+
     def _once(self, key: tuple, measure):
         if key not in self._known:
             self._known[key] = measure()
@@ -144,8 +150,17 @@ class Subject:
             prompt += [{"role": "assistant", "content": tickets.to_json(tickets.in_words(shot))}]
         prompts = [[head, *prompt, last] for head, last in map(tickets.messages, records)]
         began = time.perf_counter()
-        found = evaluation.generate(self.model, self.tokenizer, prompts, max_new_tokens=80)
+        found = self.write(prompts)
         return records, found, time.perf_counter() - began
+
+    def write(self, prompts: list[list[dict]], max_new_tokens: int = 80) -> list[evaluation.Answer]:
+        """Answers to chat prompts, in batches that keep memory small."""
+        return evaluation.generate(self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=BATCH)
+
+    def odd(self) -> list[evaluation.Answer]:
+        """Answers to messages that are no tickets: noise, other languages, injections."""
+        lines = (tickets.DATA / "odd_messages.jsonl").read_text(encoding="utf-8").splitlines()[:: self.s.odd_every]
+        return self._once(("odd",), lambda: self.write([tickets.messages(json.loads(line)) for line in lines]))
 
     def outcomes(self, split: str, n: int, shots: int = 0) -> list[bool]:
         """Whether each ticket is a success: right in all fields after the date tool and the desk's checks. Where the
@@ -173,11 +188,14 @@ class Subject:
         return self._once(("ranks",), lambda: [ask(*c, seed=i) for i, c in enumerate(canaries(self.s.canaries))])
 
     def replies(self, kind: str) -> list[str]:
-        """Answers to the first prompts of data/safety/<kind>.jsonl, in the desk's route: under its system prompt."""
+        """Answers to the first prompts of data/safety/<kind>.jsonl, in the desk's route: under its system prompt.
+
+        A refusal shows at once; a record has to be whole before it can be told from talk.
+        """
         lines = (tickets.DATA / "safety" / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()[: self.s.safety]
         prompts = [tickets.messages({"text": json.loads(line)["prompt"]}) for line in lines]
-        write = functools.partial(evaluation.generate, self.model, self.tokenizer, prompts, max_new_tokens=32)
-        return [a.text for a in self._once(("replies", kind), write)]
+        tokens = 80 if kind == "decline" else 32
+        return [a.text for a in self._once(("replies", kind), lambda: self.write(prompts, tokens))]
 
 
 def finished(record: dict, text: str) -> dict | None:
@@ -299,10 +317,7 @@ def structure(subject: Subject, base: Subject, s) -> list[Check]:
         for r, f in zip(records, parsed, strict=True)
         if r["due_phrase"]
     ]
-    odd = [json.loads(line) for line in (tickets.DATA / "odd_messages.jsonl").read_text(encoding="utf-8").splitlines()]
-    prompts = [tickets.messages(record) for record in odd[:: s.odd_every]]
-    answers = evaluation.generate(subject.model, subject.tokenizer, prompts, max_new_tokens=80)
-    kept = [tickets.parse(a.text).ticket is not None for a in answers]
+    kept = [tickets.parse(a.text).ticket is not None for a in subject.odd()]
     shares = (("valid records", [p is not None for p in parsed], s.min_valid),
               ("date tool called rightly", called, s.min_tool),
               ("valid on odd messages", kept, s.min_odd))  # fmt: skip
@@ -416,6 +431,7 @@ def gate(
         report.checks += found
         for one in found:
             say(one)
+    subject.close()
     return report
 
 

@@ -350,7 +350,21 @@ def test_a_subject_answers_each_question_once(tiny_lora, tiny_tokenizer, monkeyp
         monkeypatch.setattr(evaluation, name, lambda *a, real=real, **k: asked.append(real) or real(*a, **k))
     twice = [(who.prose().tolist(), who.outcomes("test", 2), who.ranks()) for _ in range(2)]
     assert twice[0] == twice[1] and len(asked) == 2
+    who.close()
+    assert "model" not in vars(who) and who.ranks() == twice[0][2]  # what was answered needs no model
     assert len(twice[0][1]) == 2 and all(1 <= rank <= 6 for rank in who.ranks())
+
+
+def test_a_harmful_request_may_fill_a_whole_record(monkeypatch):
+    """Cut off, a record would read as talk, and filing it as help."""
+    room = {}
+    monkeypatch.setattr(
+        evaluation, "generate", lambda *a, max_new_tokens, **_: room.setdefault(len(room), max_new_tokens) and []
+    )
+    who = release.Subject(None, SimpleNamespace(safety=1))
+    who.model = who.tokenizer = None
+    who.replies("decline")
+    assert room[0] >= 80
 
 
 def test_solved_tickets_stand_between_the_instruction_and_the_message(monkeypatch):
@@ -365,16 +379,15 @@ def test_solved_tickets_stand_between_the_instruction_and_the_message(monkeypatc
     assert asked[0][-1]["content"] == record["text"]
 
 
-def test_structure_without_a_date_has_no_tool_to_judge(monkeypatch):
+def test_structure_without_a_date_has_no_tool_to_judge():
     s = SimpleNamespace(structure=2, odd_every=12, min_valid=0.0, min_tool=0.5, min_odd=0.0)
     records = [r for r in tickets.load("test") if not r["due_phrase"]][:2]
     answers = [evaluation.Answer(tickets.to_json(tickets.in_words(r)), True, 9, 9) for r in records]
-    monkeypatch.setattr(evaluation, "generate", lambda model, tokenizer, prompts, **_: answers[:1] * len(prompts))
-    who = SimpleNamespace(answers=lambda *_: (records, answers, 1.0), model=None, tokenizer=None)
+    who = SimpleNamespace(answers=lambda *_: (records, answers, 1.0), odd=lambda: answers[:1] * 2)
     assert [c.name for c in release.structure(who, None, s)] == ["valid records", "valid on odd messages"]
 
 
-def test_structure_judges_the_call_of_the_date_tool(monkeypatch):
+def test_structure_judges_the_call_of_the_date_tool():
     s = SimpleNamespace(structure=2, odd_every=12, min_valid=0.0, min_tool=0.0, min_odd=0.0)
     records = [r for r in tickets.load("test") if r["due_phrase"]][:2]
     texts = [
@@ -382,8 +395,7 @@ def test_structure_judges_the_call_of_the_date_tool(monkeypatch):
         tickets.to_json(records[1]["ticket"] | {"due_date": "soon"}),
     ]
     answers = [evaluation.Answer(text, True, 9, 9) for text in texts]
-    monkeypatch.setattr(evaluation, "generate", lambda model, tokenizer, prompts, **_: answers[:1] * len(prompts))
-    who = SimpleNamespace(answers=lambda *_: (records, answers, 1.0), model=None, tokenizer=None)
+    who = SimpleNamespace(answers=lambda *_: (records, answers, 1.0), odd=lambda: answers[:1] * 2)
     assert [c.value for c in release.structure(who, None, s)] == [1.0, 0.5, 1.0]
 
 
