@@ -1238,3 +1238,83 @@ def _exposure(answer):
     if all(math.isclose(x, -formula(*case), abs_tol=1e-9) for x, case in zip(found, cases, strict=True)):
         return False, "the sign: a rank of 1 gives the highest exposure."
     return False, "the values are others: count the codes with a lower loss first, the rank is one more."
+
+
+# --- lesson 11 -------------------------------------------------------------------------------------------------------
+
+
+@register("11.1", "Write smallest_test(limit, failures), which returns a whole number of tickets.")
+def _smallest_test(answer):
+    from scipy.stats import binom
+
+    def least(limit, failures):
+        n = failures + 1
+        while binom.cdf(failures, n, limit) > 0.05:
+            n += 1
+        return n
+
+    for limit, failures in ((0.003, 0), (0.05, 0), (0.02, 3), (0.05, 1)):
+        found, wanted = answer(limit, failures), least(limit, failures)
+        if isinstance(found, bool) or int(found) != found:
+            return False, f"limit {limit}, {failures} failures: a whole number is wanted, not {found!r}."
+        if found == wanted:
+            continue
+        case = f"limit {limit}, {failures} failures: "
+        strict = failures + 1
+        while binom.cdf(failures - 1, strict, limit) > 0.05:
+            strict += 1
+        slips = [
+            (least(limit, 0), "each failure that is allowed costs more tickets."),
+            (wanted - 1, "one ticket too few: in more than 5 % of tests so few failures would come."),
+            (wanted + 1, "one ticket more than needed."),
+            (strict, "at most so many failures: the number itself belongs to it."),
+        ]
+        if failures == 0:
+            slips.insert(0, (math.ceil(3 / limit), "3 / limit is the rule of three; the exact number is less."))
+        return False, case + next((text for slip, text in slips if found == slip), f"{found} instead of {wanted}.")
+    return True, "the first ticket count at which the limit can be shown at all."
+
+
+@register("11.2", "Give for each rule what is wrong with it, in the words of the list.")
+def _four_rules(answer):
+    wanted = {"a": "looks at the value", "b": "no sample shows it", "c": "too coarse", "d": "never alarms"}
+    hints = {
+        "a": "how far does the interval around 51 of 100 reach?",
+        "b": "which rate is excluded by no failure in 1,000?",
+        "c": "what is the smallest rate above zero in 50 requests?",
+        "d": "how low must the rate fall before fewer than 40 of 100 are right?",
+    }
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    given = {name: " ".join(str(word).lower().split()) for name, word in answer.items()}
+    if unknown := [word for word in given.values() if word not in wanted.values()]:
+        return False, f"{unknown[0]!r} is none of the four: {', '.join(wanted.values())}."
+    wrong = [f"{name} ({hints[name]})" for name in wanted if given[name] != wanted[name]]
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    return True, "each of these rules stands in somebody's gate."
+
+
+@register("11.3", "Write memorised(losses), which returns True or False.")
+def _memorised(answer):
+    def case(places, others):
+        """Canaries at these places among so many other losses."""
+        return [(place - 0.5, [float(i) for i in range(1, others + 1)]) for place in places]
+
+    cases = (
+        (case([1, 40, 7], 200), True, "three canaries, one at place 1 of 201"),
+        (case([4, 40, 70], 200), False, "three canaries, the best at place 4 of 201: 12 in 201 are above 5 %"),
+        (case([4], 200), True, "one canary at place 4 of 201"),
+        (case([1, 50, 60, 70, 80, 90, 91, 92, 93, 94], 150), False, "ten canaries, the best at place 1 of 151"),
+        (case([120, 40, 90], 200), False, "three canaries in the middle"),
+        (case([201, 200, 199], 200), False, "three canaries at the far end: unlikely is not memorised"),
+        ([(2.0, [2.0] * 200)], True, "one canary with the same loss as all others: none is smaller"),
+    )
+    for losses, wanted, what in cases:
+        found = answer([(own, list(others)) for own, others in losses])
+        if found is None or found is ...:
+            return False, "True or False is wanted, and nothing came back."
+        if bool(found) is not wanted:
+            return False, f"{what}: {wanted} is wanted."
+    return True, "rare by chance, however many canaries there are."
