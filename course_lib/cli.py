@@ -134,6 +134,26 @@ def memory(args):
     print("\n" + memory.assumptions(**options))
 
 
+def gate(args):
+    """The ten stages of lesson 11 on an adapter: exit code 0 where it may ship, 1 where it is refused."""
+    from course_lib import profiles, release, results
+
+    folder = release.require_adapter(args.adapter)
+    if args.seal:
+        print(f"sealed: {release.seal(folder)}")
+        return OK
+    profile = profiles.choose(args.profile)
+    report = release.gate(folder, profile, stop=not args.all)
+    out = Path(args.out or results.default_dir(profile) / "gate").absolute()
+    if report.skipped:
+        print(f"not run: {', '.join(report.skipped)}")
+    if report.passed:
+        print(f"\n{report.adapter} may ship; registered: {release.register(report, folder, out)}")
+        return OK
+    print(f"\n{report.adapter} is refused ({'; '.join(report.reasons)}); report: {report.write(out / report.adapter)}")
+    return FAILED
+
+
 def bench(args):
     from course_lib import bench
 
@@ -370,6 +390,21 @@ def parser():
     sub = add(drift, "say which pins have newer releases", "drift", "drift --run", "drift --run -- tests/unit")
     sub.add_argument("--run", action="store_true", help="run the test suite with them, in an environment of its own")
     sub.add_argument("tests", nargs="*", metavar="TEST", help="with --run: what pytest runs (default: all)")
+
+    sub = add(
+        gate, "decide by ten stages whether an adapter may ship; exit code 1 where not",
+        "gate runs/cpu/adapters/11_evaluation_gate/ticket_lora", "gate my_adapter --seal", "gate my_adapter --profile ci",
+    )  # fmt: skip
+    sub.add_argument("adapter", metavar="ADAPTER", help="folder of a PEFT adapter, sealed where it was trained")
+    sub.add_argument("--profile", default="auto", help="sizes and limits: ci, cpu, full or t4 (default: cpu or t4)")
+    sub.add_argument(
+        "--out", metavar="DIR", help="folder of reports and entries (default: gate/ in the profile's runs)"
+    )
+    sub.add_argument("--all", action="store_true", help="run every stage, also after a refusal")
+    sub.add_argument(
+        "--seal", action="store_true", help="only write seal.json, the hashes of all that belongs together"
+    )
+
     add(bench, "measure the course's speed against TRL's defaults")
     sub = add(clean, "remove the folders of runs, never your notebooks", "clean", "clean --cache")
     sub.add_argument("--cache", action="store_true", help="also the cache of models and adapters")

@@ -28,8 +28,8 @@ HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "source"
 SEED = 20260105
 SIZES = {"train": 2000, "dev": 200, "test": 300}
-COPIED = ("general", "safety", "policies")
-COPIED_FILES = ("feedback_comments.jsonl", "ladder.csv", "gaps.csv", "mistakes.csv")
+COPIED = ("general", "safety", "policies", "lm_eval")
+COPIED_FILES = ("feedback_comments.jsonl", "odd_messages.jsonl", "ladder.csv", "gaps.csv", "mistakes.csv")
 
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 # How often a ticket of this intent carries a due date where its wording has no place for one.
@@ -228,6 +228,8 @@ def build() -> dict[str, bytes]:
     for folder in COPIED:
         for path in sorted((SOURCE / folder).glob("[!.]*")):  # not what a desktop leaves there
             files[f"{folder}/{path.name}"] = path.read_bytes()
+    for name in ("facts", "arithmetic"):
+        files[f"lm_eval/{name}.jsonl"] = _choices(files[f"general/{name}.jsonl"], random.Random(f"{SEED} {name}"))
     side = _side_files()
     bank = {name: tomllib.loads((SOURCE / f"{name}.toml").read_text(encoding="utf-8")) for name in ("replies", "pii")}
     files["annotations.csv"] = side.annotations(splits["train"], random.Random(f"{SEED} annotations"))
@@ -235,6 +237,17 @@ def build() -> dict[str, bytes]:
     files["replies/drafts.jsonl"] = side.replies(splits["train"], random.Random(f"{SEED} replies"), bank["replies"])
     files["manifest.json"] = _manifest(files, splits["train"])
     return files
+
+
+def _choices(lines: bytes, rng) -> bytes:
+    """Questions as lm-eval reads them: `choices` in random order, and the place of the right one as `label`. Whoever
+    takes the first of several equally likely answers gains nothing."""
+    found = []
+    for record in map(json.loads, lines.splitlines()):
+        choices = rng.sample([record["answer"], *record["wrong"]], 1 + len(record["wrong"]))
+        place = choices.index(record["answer"])
+        found.append({"id": record["id"], "question": record["question"], "choices": choices, "label": place})
+    return _lines(found)
 
 
 def _manifest(files: dict[str, bytes], train: list[dict]) -> bytes:
