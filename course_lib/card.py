@@ -113,9 +113,10 @@ Values with their 95 % intervals and the number of items. {{ baseline }}
 - Risk class: {{ risk }}
 - Transparency: {{ transparency }}
 - Human oversight: {{ oversight }}
-- Compute: about {{ "%.1e" | format(training_flops) }} FLOP for this adaptation, about {{ "%.1e" | format(base_flops) }} for
-  the base: a share of {{ "%.1e" | format(share) }}, {{ "above" if share > third else "below" }} the third from which the
-  Commission's guidelines of July 2025 take whoever modifies a general-purpose model for its provider.
+- Compute: about {{ "%.1e" | format(training_flops) }} FLOP for this adaptation, about
+  {{ "%.1e" | format(base_flops) }} for the base: a share of {{ "%.1e" | format(share) }},
+  {{ "above" if share > third else "below" }} the third from which the Commission's guidelines of July 2025 take whoever
+  modifies a general-purpose model for its provider.
 
 These fields are a start for those who have to decide, and no legal advice.
 
@@ -141,7 +142,9 @@ def write(folder, facts: dict, task: str = "text-generation") -> Path:
 
     folder = Path(folder)
     if missing := [f"{name} ({FIELDS[name]})" for name in FIELDS if facts.get(name) in (None, "", [])]:
-        raise CardError("the card would have holes: " + "; ".join(missing) + ". Give each a value, also if it is 'none'.")
+        raise CardError(
+            "the card would have holes: " + "; ".join(missing) + ". Give each a value, also if it is 'none'."
+        )
     if unknown := sorted(set(facts) - set(FIELDS)):
         raise CardError(f"the card has no place for {', '.join(unknown)}: its fields are {', '.join(FIELDS)}.")
     if faults := contradictions(facts):
@@ -198,7 +201,9 @@ def digests(folder) -> dict[str, str]:
         if path.name in (CARD, SIGNATURE):
             continue
         if path.is_symlink() or not path.is_file() or not ALLOWED.fullmatch(path.name):
-            raise CardError(f"{path.name} does not belong into an adapter's folder: plain safetensors and JSON alone do.")
+            raise CardError(
+                f"{path.name} does not belong into an adapter's folder: plain safetensors and JSON alone do."
+            )
         found[path.name] = models.sha256(path)
     return found
 
@@ -273,7 +278,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CardError(f"{path.name} cannot be read ({error.strerror}): an adapter without it is not loaded.") from None
+        raise CardError(
+            f"{path.name} cannot be read ({error.strerror}): an adapter without it is not loaded."
+        ) from None
 
 
 def flops(parameters: int, tokens: int) -> float:

@@ -55,8 +55,8 @@ def _share(batch_size: int, processes: int) -> int:
 def arguments(processes: int = 1, machines: int = 1, rank: int = 0, port: int = 0) -> list[str]:
     """What stands behind `accelerate launch` for processes on processors.
 
-    Not `--cpu --num_processes 2`: without mpirun that starts one process and says nothing. `--multi_gpu` is accelerate's
-    name for "start them through torchrun"; the variable ACCELERATE_USE_CPU keeps them off a GPU, with gloo between them.
+    Not `--cpu --num_processes 2`: without mpirun that starts one process and says nothing. `--multi_gpu` is what
+    accelerate calls "through torchrun"; the variable ACCELERATE_USE_CPU keeps them off a GPU, with gloo between them.
     """
     if processes == 1:
         return ["--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]

@@ -127,7 +127,9 @@ def read(path, count=None) -> Data:
     kinds = Counter(isinstance(r["target"], dict) for r in records)
     kind = "json" if kinds[True] > kinds[False] else "label"
     other = {"json": "a label in a file of objects", "label": "an object in a file of labels"}[kind]
-    refused += [(r["line"], f"its target is {other}") for r in records if isinstance(r["target"], dict) != (kind == "json")]
+    refused += [
+        (r["line"], f"its target is {other}") for r in records if isinstance(r["target"], dict) != (kind == "json")
+    ]
     records = [r for r in records if isinstance(r["target"], dict) == (kind == "json")]
     parts = Counter(r.get("split") for r in records)
     if len(parts) > 1 and None in parts:
@@ -240,8 +242,8 @@ def split(data: Data, test: int, seed: int = 0) -> tuple[list[dict], list[dict],
     found = leaks(pool, held)
     if len(found) > len(pool) / 2:
         said.append(
-            f"Leaked: {len(found)} of {len(pool)} training records are near-copies of a tested one. All stay, since too "
-            "few would be left: the score below is that of a test that was practised on."
+            f"Leaked: {len(found)} of {len(pool)} training records are near-copies of a tested one. All stay, since "
+            "too few would be left: the score below is that of a test that was practised on."
         )
     elif found:
         line, of = next(iter(sorted(found.items())))
@@ -430,7 +432,9 @@ ALWAYS = (MARK, "profile = ", "# Parameters", "from course_lib import start", "f
 def _marked_only(lines: list[str]) -> list[str]:
     """A cell's lines as they are where it runs with a dataset, else one that says that it did not run."""
     text = "".join(lines).lstrip()
-    return lines if text.startswith(ALWAYS) or "own_data.switch(" in text else ['print("skipped: a dataset is given")\n']
+    return (
+        lines if text.startswith(ALWAYS) or "own_data.switch(" in text else ['print("skipped: a dataset is given")\n']
+    )
 
 
 def _shell():

@@ -69,7 +69,9 @@ def test_what_cannot_be_used_is_refused_by_its_line(tmp_path, line, reason):
 
 def test_bytes_that_are_not_utf8_empty_lines_and_a_byte_order_mark(tmp_path):
     lines = [json.dumps(r).encode() for r in intents(40, 4)]
-    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([*lines[:3], b"", b'{"text": "\xff"}', *lines[3:]]))
+    (tmp_path / "d.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + b"\r\n".join([*lines[:3], b"", b'{"text": "\xff"}', *lines[3:]])
+    )
     data = own_data.read(tmp_path / "d.jsonl")
     assert data.refused == [(5, "not UTF-8")] and len(data.records) == 40
 
@@ -141,11 +143,13 @@ def test_near_copies_of_the_test_are_left_out_of_training(tmp_path):
     given = [r | {"split": "test" if r["line"] in held else "train"} for r in again.records]
     train, test, said = own_data.split(own_data.Data("label", given), 40)
     assert len(test) == 40 and 201 not in {r["line"] for r in train} and len(train) == 160
-    assert f"Leaked: 1 training records" in said[0] and f"line 201 resembles line {line}" in said[0]
+    assert "Leaked: 1 training records" in said[0] and f"line 201 resembles line {line}" in said[0]
 
 
 def test_a_file_of_near_copies_is_said(tmp_path):
-    records = [{"text": f"please tell me where the parcel with number {i} is now", "target": f"t{i % 2}"} for i in range(99)]
+    records = [
+        {"text": f"please tell me where the parcel with number {i} is now", "target": f"t{i % 2}"} for i in range(99)
+    ]
     data = own_data.read(write(tmp_path / "d.jsonl", records))
     train, _, said = own_data.split(data, 24)
     assert len(train) == 75 and "practised on" in said[0]
@@ -232,7 +236,6 @@ def test_majority_answers():
 
 def test_leaves_come_back():
     assert own_data._from_leaves(own_data.leaves(NESTED)) == NESTED
-    assert own_data._from_leaves({("a",): "1", ("a", "b"): "2"}) == {"a": 1, "a ": {"b": 2}} or True
 
 
 def test_an_answer_may_be_longer_than_the_longest_target():
