@@ -745,6 +745,129 @@ def _four_logs(answer):
     return True, "the rewards of thumbs down are the first thing to look at in such a log."
 
 
+# --- lesson 09 -------------------------------------------------------------------------------------------------------
+
+
+@register(
+    "09.1", "Write group_advantages(rewards, size), which returns one advantage for each reward, as TRL computes it."
+)
+def _group_advantages(answer):
+    from statistics import mean, pstdev, stdev
+
+    cases = (
+        ([1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1], 6),
+        ([0.0, 0.0, 0.0, 0.0], 4),
+        ([1.0, 1.0, 0.5, 1.0], 2),
+        ([0.001, 0.0, 0.0004, 0.0, 0.3, 0.9], 3),
+    )
+
+    def by(formula):
+        """The same for each group of each case; a formula gets the group and all rewards."""
+        return [
+            [a for i in range(0, len(r), n) for a in formula(r[i : i + n], r)] for r, n in cases
+        ]  # fmt: skip
+
+    def same(formula):
+        try:
+            wanted = by(formula)
+        except ZeroDivisionError:
+            return False
+        return all(
+            len(a) == len(b) and all(math.isclose(x, y, abs_tol=1e-4) for x, y in zip(a, b, strict=True))
+            for a, b in zip(found, wanted, strict=True)
+        )
+
+    try:
+        found = [[float(a) for a in answer(list(r), n)] for r, n in cases]
+    except ZeroDivisionError:
+        return False, "a group of equal rewards divides by zero: that is what the small number is for."
+    if same(lambda g, r: [(x - mean(g)) / (stdev(g) + 1e-4) for x in g]):
+        return True, "above the group, in units of the group; equal rewards give zeros."
+    slips = (
+        (lambda g, r: [(x - mean(g)) / (pstdev(g) + 1e-4) for x in g], "that deviation divides by n: TRL's by n - 1."),
+        (lambda g, r: [(x - mean(g)) / (stdev(g) + 1e-8) for x in g], "the small number is another in TRL."),
+        (lambda g, r: [x - mean(g) for x in g], "the division by the group's deviation is missing."),
+        (lambda g, r: [(x - mean(r)) / (stdev(r) + 1e-4) for x in g], "each group has its own mean and deviation."),
+        (lambda g, r: [(x - mean(g)) / (stdev(r) + 1e-4) for x in g], "the deviation is that of all rewards."),
+        (lambda g, r: [x / (stdev(g) + 1e-4) for x in g], "the group's mean is not taken off."),
+    )
+    return False, next(
+        (text for slip, text in slips if same(slip)), "the values are others: mean and deviation of each group."
+    )
+
+
+@register("09.2", "Give for each verifier a string that gets its reward and does not deserve it.")
+def _holes_in_verifiers(answer):
+    import json
+
+    from course_lib import routing, tickets
+
+    def record_of(text):
+        return json.loads(text)["team"] == "orders"
+
+    def honest_record(text):
+        try:
+            value = json.loads(text, object_pairs_hook=tickets._no_duplicates)
+        except KeyError:
+            return False
+        return value == {"team": "orders"}
+
+    holes = {
+        "a": (lambda text: "orders" in text, routing.right_team),
+        "b": (lambda text: text.strip() in "orders", routing.right_team),
+        "c": (lambda text: text.lower().split()[-1] == "orders", routing.right_team),
+        "d": (record_of, lambda text, gold: honest_record(text)),
+    }
+    dots = _untouched(answer, holes)
+    if dots:
+        return None, "" if len(dots) == len(holes) else f"{', '.join(dots)} still to be filled in."
+    wrong = []
+    for name, (verify, deserved) in holes.items():
+        text = answer[name]
+        if not isinstance(text, str):
+            wrong.append(f"{name} (a string is wanted)")
+            continue
+        try:
+            passed = bool(verify(text))
+        except Exception as error:
+            wrong.append(f"{name} (the verifier raises {type(error).__name__} on it)")
+            continue
+        if not passed:
+            wrong.append(f"{name} (the verifier gives no reward for it)")
+        elif deserved(text, "orders"):
+            wrong.append(f"{name} (that answer is right, so it deserves the reward)")
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    return True, "four holes, and a model would have found them too."
+
+
+@register("09.3", "Give for each run what its log shows, in the words of the list.")
+def _four_grpo_logs(answer):
+    wanted = {
+        "a": "healthy",
+        "b": "needs a cold start",
+        "c": "hacks its reward",
+        "d": "collapsed to two classes",
+    }
+    hints = {
+        "a": "reward and honest score rise together, and the model stays undecided enough to try things",
+        "b": "which advantages does a group without a mixture have?",
+        "c": "do reward and honest score agree?",
+        "d": "what share is right if two of five classes are answered?",
+    }
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    given = {name: " ".join(str(word).lower().split()) for name, word in answer.items()}
+    wrong = [f"{name} ({hints[name]})" for name in wanted if given[name] != wanted[name]]
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    return True, "the reward alone would have told two of them apart."
+
+
+# --- lesson 13 --------------------------------------------------------------------------------------------------------
+
+
 @register("13.1", 'Give for each line "sound", "impossible" or "unsupported".')
 def _faults_of_a_card(answer):
     wanted = {"a": "impossible", "b": "unsupported", "c": "unsupported", "d": "impossible", "e": "sound"}
