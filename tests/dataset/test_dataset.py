@@ -1,4 +1,4 @@
-"""Lesson 13 on a reader's own file, as the README says: papermill with the parameter `dataset`, in profile ci, offline."""
+"""Lesson 13 on a reader's own file, as the README says: papermill with `dataset`, in profile ci, offline."""
 
 import json
 import os
