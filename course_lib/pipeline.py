@@ -9,6 +9,7 @@ answer as those of `recipes` do.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,12 +115,17 @@ def prepare(name: str, profile: str, seed: int = 0):
     return model, preferences.trainer(model, tokenizer, pairs(drawn, s), s, seed)
 
 
+# What of the routing task an adapter depends on; the rest of that module may change without another training.
+_ROUTING = (routing.team, routing.load, routing.messages, routing.read, routing.right_team, routing.sample)
+_ROUTING += (routing.Reward, routing.trainer)
+
+
 def key(name: str, profile: str, seed: int) -> str:
-    """What an adapter depends on, as a short hash: what `recipes.key` counts, the stage before it, how both tasks are
-    written and judged, and this module."""
+    """What an adapter depends on, as a short hash: what `recipes.key` counts, the stage before it, and how both tasks
+    are written and judged."""
     s = settings(name, profile)
-    parts = [recipes.key(name, profile, seed), models.sha256(preferences.BANK)]
-    parts += [models.sha256(Path(module.__file__)) for module in (replies, routing)]
+    parts = [recipes.key(name, profile, seed), models.sha256(preferences.BANK), models.sha256(Path(replies.__file__))]
+    parts += [routing.TEAMS, routing.SYSTEM, *(inspect.getsource(part) for part in _ROUTING)]
     parts += [key(s.start, profile, seed)] if s.start else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -132,7 +138,7 @@ def cached(name: str, profile: str, seed: int = 0) -> Path:
 def adapter(name: str, profile: str = "auto", seed: int = 0) -> Path:
     """The folder of the adapter after a stage: from the cache, or trained now, with all stages before it.
 
-    Its `training.json` holds what the trainer logged (`log`), `seconds`, and the number of `tokens` that were seen.
+    Its `training.json` holds what the trainer logged (`log`, `losses`) and `seconds`.
     """
     import time
 
@@ -144,8 +150,7 @@ def adapter(name: str, profile: str = "auto", seed: int = 0) -> Path:
         began = time.perf_counter()
         made.train()
         about = {"seconds": round(time.perf_counter() - began, 1), "log": _log(made), "losses": recipes.losses(made)}
-        about["tokens"] = int(getattr(made.state, "num_input_tokens_seen", 0) or 0)
-        recipes.save(_for_use(model), folder, about)
+        recipes.save(preferences.for_use(model), folder, about)  # without what the trainers of stages 2 and 4 hung on
     return folder
 
 
@@ -156,11 +161,6 @@ def _log(made) -> list[dict]:
         for entry in made.state.log_history
         if "loss" in entry
     ]
-
-
-def _for_use(model):
-    """In eval mode, and without what the trainers of stages 2 and 4 hung on it."""
-    return preferences.for_use(model)
 
 
 def load(name: str, profile: str = "auto", seed: int = 0):
