@@ -197,3 +197,39 @@ def _f1(gold, ours) -> float:
     table = np.bincount(gold * size + ours, minlength=size * size).reshape(size, size)
     both, total = np.diag(table), table.sum(0) + table.sum(1)
     return float(np.mean(2 * both[:-1] / np.maximum(total[:-1], 1)))
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+MESSAGES, TICKETS = 100, 120  # of test, that each stage routes and answers
+
+
+def make_reference(seeds) -> None:
+    """Measure every stage of profile `cpu` on both tasks, one stage and seed a piece, as far as it is not stored yet, as
+    `data/reference/desk_stages.csv`."""
+    from course_lib import reference
+
+    pieces = [(seed, name) for seed in seeds for name in STAGES]
+    for number, (seed, name) in enumerate(pieces, 1):
+        common = {"profile": "cpu", "seed": seed, "control": "", "stage": name}
+        wanted = {column: str(value) for column, value in (common | {"key": key(name, "cpu", seed)}).items()}
+        stored = any(all(r[c] == v for c, v in wanted.items()) for r in reference.read("desk", "stages"))
+        print(f"{name}, seed {seed} ({number}/{len(pieces)}): {'stored' if stored else 'training ...'}", flush=True)
+        if not stored:
+            about = reference._about(wanted["key"])
+            rows = [
+                common | {"metric": metric, "value": f"{e.value:.4f}", "low": f"{e.low:.4f}", "high": f"{e.high:.4f}"}
+                | {"n": e.n} | about
+                for metric, e in measure(load(name, "cpu", seed), seed).items()
+            ]  # fmt: skip
+            reference._replace("desk", "stages", common, rows)
+
+
+def measure(model, seed: int = 0) -> dict[str, evaluation.Estimate]:
+    """Macro-F1 of the routing and the share of replies that keep the rubric, on held-out tickets."""
+    tokenizer = models.load_tokenizer()
+    routed, answered = routing.load("test", MESSAGES), replies.load("test", TICKETS)
+    written = replies.answers(model, tokenizer, answered, seed)
+    passed = [replies.passes(r, text) for r, text in zip(answered, written, strict=True)]
+    found = {"routing_macro_f1": macro_f1(routed, teams(model, tokenizer, routed), seed)}
+    return found | {"reply_rubric_pass": evaluation.proportion(passed)}

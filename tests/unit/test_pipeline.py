@@ -4,7 +4,7 @@ import types
 import numpy as np
 import pytest
 
-from course_lib import CourseError, evaluation, pipeline, replies, routing, tickets
+from course_lib import CourseError, evaluation, pipeline, reference, replies, routing, tickets
 
 
 def settings(**changes):
@@ -95,3 +95,19 @@ def test_answers_that_name_a_team(monkeypatch):
     answers += [evaluation.Answer("shop.", True, 3, 9), evaluation.Answer("  returns\n", True, 3, 9)]
     monkeypatch.setattr(evaluation, "generate", lambda *_, **__: answers)
     assert pipeline.teams(None, None, tickets.load("test", 4)) == ["shop", None, None, "returns"]
+
+
+def test_what_is_stored_is_not_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "FOLDER", tmp_path)
+    monkeypatch.setattr(pipeline, "key", lambda name, *_: f"key of {name}")
+    monkeypatch.setattr(pipeline, "load", lambda name, profile, seed: (name, seed))
+    asked = []
+    monkeypatch.setattr(
+        pipeline, "measure", lambda model, seed: asked.append(model) or {"routing_macro_f1": evaluation.mean([0.5, 1])}
+    )
+    pipeline.make_reference((0,))
+    pipeline.make_reference((0, 1))
+    assert asked == [(name, seed) for seed in (0, 1) for name in pipeline.STAGES]
+    rows = reference.read("desk", "stages")
+    assert len(rows) == 8 and {row["stage"] for row in rows} == set(pipeline.STAGES) and rows[0]["value"] == "0.7500"
+    assert set(reference.PROVENANCE) <= set(rows[0])
