@@ -205,8 +205,8 @@ MESSAGES, TICKETS = 100, 120  # of test, that each stage routes and answers
 
 
 def make_reference(seeds) -> None:
-    """Measure every stage of profile `cpu` on both tasks, one stage and seed a piece, as far as it is not stored yet, as
-    `data/reference/desk_stages.csv`."""
+    """Measure every stage of profile `cpu` on both tasks, one stage and seed a piece, as far as it is not stored yet,
+    as `data/reference/desk_stages.csv`."""
     from course_lib import reference
 
     pieces = [(seed, name) for seed in seeds for name in STAGES]
