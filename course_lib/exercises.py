@@ -865,6 +865,86 @@ def _four_grpo_logs(answer):
     return True, "the reward alone would have told two of them apart."
 
 
+# --- lesson 11 -------------------------------------------------------------------------------------------------------
+
+
+@register("11.1", "Write smallest_test(limit, failures), which returns a whole number of tickets.")
+def _smallest_test(answer):
+    from scipy.stats import binom
+
+    def least(limit, failures):
+        n = failures + 1
+        while binom.cdf(failures, n, limit) > 0.05:
+            n += 1
+        return n
+
+    for limit, failures in ((0.003, 0), (0.05, 0), (0.02, 3), (0.05, 1)):
+        found, wanted = answer(limit, failures), least(limit, failures)
+        if isinstance(found, bool) or int(found) != found:
+            return False, f"limit {limit}, {failures} failures: a whole number is wanted, not {found!r}."
+        if found == wanted:
+            continue
+        case = f"limit {limit}, {failures} failures: "
+        strict = failures + 1
+        while binom.cdf(failures - 1, strict, limit) > 0.05:
+            strict += 1
+        slips = [
+            (least(limit, 0), "each failure that is allowed costs more tickets."),
+            (wanted - 1, "one ticket too few: in more than 5 % of tests so few failures would come."),
+            (wanted + 1, "one ticket more than needed."),
+            (strict, "at most so many failures: the number itself belongs to it."),
+        ]
+        if failures == 0:
+            slips.insert(0, (math.ceil(3 / limit), "3 / limit is the rule of three; the exact number is less."))
+        return False, case + next((text for slip, text in slips if found == slip), f"{found} instead of {wanted}.")
+    return True, "the first ticket count at which the limit can be shown at all."
+
+
+@register("11.2", "Give for each rule what is wrong with it, in the words of the list.")
+def _four_rules(answer):
+    wanted = {"a": "looks at the value", "b": "no sample shows it", "c": "too coarse", "d": "never alarms"}
+    hints = {
+        "a": "how far does the interval around 51 of 100 reach?",
+        "b": "which rate is excluded by no failure in 1,000?",
+        "c": "what is the smallest rate above zero in 50 requests?",
+        "d": "how low must the rate fall before fewer than 40 of 100 are right?",
+    }
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    given = {name: " ".join(str(word).lower().split()) for name, word in answer.items()}
+    if unknown := [word for word in given.values() if word not in wanted.values()]:
+        return False, f"{unknown[0]!r} is none of the four: {', '.join(wanted.values())}."
+    wrong = [f"{name} ({hints[name]})" for name in wanted if given[name] != wanted[name]]
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    return True, "each of these rules stands in somebody's gate."
+
+
+@register("11.3", "Write memorised(losses), which returns True or False.")
+def _memorised(answer):
+    def case(places, others):
+        """Canaries at these places among so many other losses."""
+        return [(place - 0.5, [float(i) for i in range(1, others + 1)]) for place in places]
+
+    cases = (
+        (case([1, 40, 7], 200), True, "three canaries, one at place 1 of 201"),
+        (case([4, 40, 70], 200), False, "three canaries, the best at place 4 of 201: 12 in 201 are above 5 %"),
+        (case([4], 200), True, "one canary at place 4 of 201"),
+        (case([1, 50, 60, 70, 80, 90, 91, 92, 93, 94], 150), False, "ten canaries, the best at place 1 of 151"),
+        (case([120, 40, 90], 200), False, "three canaries in the middle"),
+        (case([201, 200, 199], 200), False, "three canaries at the far end: unlikely is not memorised"),
+        ([(2.0, [2.0] * 200)], True, "one canary with the same loss as all others: none is smaller"),
+    )
+    for losses, wanted, what in cases:
+        found = answer([(own, list(others)) for own, others in losses])
+        if found is None or found is ...:
+            return False, "True or False is wanted, and nothing came back."
+        if bool(found) is not wanted:
+            return False, f"{what}: {wanted} is wanted."
+    return True, "rare by chance, however many canaries there are."
+
+
 # --- lesson 13 --------------------------------------------------------------------------------------------------------
 
 
@@ -924,3 +1004,99 @@ def _gpus_that_are_needed(answer):
                 return False, case + f"{wanted} would be enough."
             return False, case + f"{wanted}, not {got}."
     return True, "what is not sharded has to fit on one GPU, and no number of them changes that."
+
+
+# --- lesson 14 -------------------------------------------------------------------------------------------------------
+
+
+@register("14.1", "Give the number of weights, the megabytes in 16 and in 32 bits, and a verdict of the rule.")
+def _size_of_a_file(answer):
+    n = 32 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    wanted = {"weights": n, "MB in 16 bits": 2 * n / 1e6, "MB in 32 bits": 4 * n / 1e6, "verdict": "imprecise"}
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+
+    def wrong(name):
+        if name == "verdict":
+            given = " ".join(str(answer[name]).lower().split())
+            return None if given == wanted[name] else "in how many of the two cases does the claim hold?"
+        given, right = float(answer[name]), wanted[name]
+        if abs(given - right) <= (0 if name == "weights" else 0.01 * right):
+            return None
+        if name == "weights":
+            slips = ((n / 32, "that is one block"), (n * 4096 / 14336, "the MLP is wider than the rest"))
+            slips += ((32 * 32 * (4 * 8192 + 3 * 18432), "key and value of this model are narrower than query"),)
+            slips += ((32 * 32 * 26624, "all linear layers: the MLP has three"), (n / 2, "is the rank 32?"))
+            return next(
+                (text for slip, text in slips if abs(given - slip) <= 0.001 * slip), "rank x (inputs + outputs)"
+            )
+        slips = ((right * 1e6, "in millions of bytes"), (right / 1.048576, "a megabyte is a million bytes here"))
+        slips += ((8 * right, "that is bits"), (right / 2, "16 bits are 2 bytes, 32 bits are 4"))
+        return next((text for slip, text in slips if abs(given - slip) <= 0.005 * slip), "weights times bytes a weight")
+
+    found = {name: text for name in wanted if (text := wrong(name))}
+    if found:
+        return False, "look again at " + "; ".join(f"{name} ({text})" for name, text in found.items()) + "."
+    return True, "right in 16 bits; PEFT writes 32 unless it is told otherwise."
+
+
+@register("14.2", "Give the upper limit in percent, and the least number of trials as a whole number.")
+def _nothing_happened(answer):
+    wanted = {"limit in percent": 100 * (1 - 0.05 ** (1 / 300)), "trials needed": 2995}
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    limit, trials = float(answer["limit in percent"]), float(answer["trials needed"])
+    wrong = []
+    if abs(limit - wanted["limit in percent"]) > 0.012:  # three over 300 is near enough
+        slips = ((0.0, "nothing seen is not nothing there"), (wanted["limit in percent"] / 100, "in percent, please"))
+        slips += ((100 / 300, "one over n is where a third of such runs would still pass"),)
+        text = next((t for slip, t in slips if abs(limit - slip) <= 1e-4), "solve (1 - p) to the power of 300 = 0.05")
+        wrong.append(f"limit in percent ({text})")
+    if not 2995 <= trials <= 3000:
+        slips = ((2994, "one trial short: round up"), (300, "that is what was tried"))
+        slips += ((1000, "a thousand trials expect one failure, and a third of such runs show none"),)
+        text = next((t for slip, t in slips if trials == slip), "solve (1 - 0.001) to the power of n = 0.05 for n")
+        wrong.append(f"trials needed ({text})")
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    return True, "ten times as many trials for a tenth of the rate."
+
+
+@register("14.3", 'Write `judge` so that it returns "correct" or "wrong" for each claim.')
+def _a_check_that_can_fail(answer):
+    def expected(p, k):
+        return sum(p**i for i in range(k + 1))
+
+    slips = (
+        (lambda p, k: p * k, "a draft after a refused one is lost, so accepted x drafted is too many"),
+        (lambda p, k: p * k + 1, "a draft after a refused one is lost, so accepted x drafted is too many"),
+        (lambda p, k: expected(p, k) - 1, "the pass itself adds a token"),
+        (lambda p, k: expected(p, k - 1), "count every draft, and the token of the pass"),
+        (lambda p, k: expected(p, k + 1), "one term too many"),
+    )
+    settings = ((0.8, 4), (0.6, 5), (0.95, 3), (0.5, 2))
+    claimed = [(expected(p, k) * off, p, k) for p, k in settings for off in (1.0, 1.015, 0.985, 1.03, 0.97)]
+    claimed += [(slip(p, k), p, k) for slip, _ in slips for p, k in settings] + [(4.0, 0.8, 4)]
+    tried = [(c, p, k, "correct" if abs(c / expected(p, k) - 1) <= 0.02 else "wrong") for c, p, k in claimed]
+    found = [" ".join(str(answer(c, p, k)).lower().split()) for c, p, k, _ in tried]
+    if not set(found) <= {"correct", "wrong"}:
+        return False, f'it returned {found[0]!r}; the words are "correct" and "wrong".'
+    if len(set(found)) == 1:
+        return False, f"it says {found[0]!r} of a claim and of its control: a check has to be able to fail."
+
+    def same(formula, tolerance=0.02):
+        def says(c, p, k):
+            return "correct" if abs(c - formula(p, k)) <= tolerance * formula(p, k) else "wrong"
+
+        return found == [says(c, p, k) for c, p, k, _ in tried]
+
+    if found == [right for *_, right in tried]:
+        return True, "it accepts the control and refuses the claim."
+    for slip, text in slips:
+        if same(slip):
+            return False, f"{text}."
+    if same(expected, 1e-9) or same(expected, 0.05) or same(expected, 0.01):
+        return False, "the number is right; 2 in 100 are allowed to both sides."
+    return False, "add up the chance that each draft and all before it are accepted, and one."

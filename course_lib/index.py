@@ -12,6 +12,7 @@ from course_lib import CourseError, profiles
 
 GENERATED = ("title", "bootstrap", "parameters", "preflight", "finish")
 README_MARKS = ("<!-- lessons:start -->", "<!-- lessons:end -->")
+SCORE_MARKS = ("<!-- scoreboard:start -->", "<!-- scoreboard:end -->")
 
 
 def notebook_path(lesson):
@@ -180,15 +181,38 @@ def lesson_table():
     return "\n".join([README_MARKS[0], *rows, README_MARKS[1]])
 
 
+def scores(lesson):
+    """{metric: (value, interval, n)}, texts of the table that a notebook's last stored output is."""
+    outputs = read(notebook_path(lesson)).cells[-1].get("outputs") or [{}]
+    text = "".join(outputs[-1].get("data", {}).get("text/plain", ""))
+    row = r"(?m)^(\w+) +(\S+)(?: +(\[[^\]]+\]))?(?: +n=(\d+))?(?= |$)"
+    return {name: (value, interval, n) for name, value, interval, n in re.findall(row, text) if name != "metric"}
+
+
+def score_table():
+    """The README's scoreboard: the metrics of each lesson's `headline`, as its stored outputs have them."""
+    rows = ["| lesson | measured | value, 95 % interval | n |", "|---|---|---|---|"]
+    for x in profiles.lessons():
+        found = scores(x) if x.get("headline") else {}
+        for name, words in x.get("headline", {}).items():
+            value, interval, n = found.get(name, ("not run yet", "", ""))
+            rows.append(f"| {x['id'].split('_')[0]} | {words} | {f'{value} {interval}'.strip()} | {n} |")
+    return "\n".join([SCORE_MARKS[0], *(row.replace("|  |", "| |") for row in rows), SCORE_MARKS[1]])
+
+
 def _readme():
-    """README.md's text and what it should be; CourseError where the marks are missing."""
+    """README.md's text and what it should be; CourseError where the marks of the lesson table are missing."""
     path = profiles.ROOT / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    head, start, rest = text.partition(README_MARKS[0])
-    _, end, tail = rest.partition(README_MARKS[1])
-    if not (start and end):
-        raise CourseError(f"README.md has no place for the lesson table: add the lines {' and '.join(README_MARKS)}.")
-    return text, head + lesson_table() + tail
+    wanted = text
+    for marks, table in ((README_MARKS, lesson_table), (SCORE_MARKS, score_table)):
+        head, start, rest = wanted.partition(marks[0])
+        _, end, tail = rest.partition(marks[1])
+        if start and end:
+            wanted = head + table() + tail
+        elif marks == README_MARKS:
+            raise CourseError(f"README.md has no place for the lesson table: add the lines {' and '.join(marks)}.")
+    return text, wanted
 
 
 def index_check():
@@ -205,7 +229,7 @@ def index_check():
             problems.append(f"notebooks/{path.name}: not in notebooks/course.toml; add its [[lesson]]")
     try:
         text, wanted = _readme()
-        problems += ["README.md: the lesson table is old; run `course index --write`"] * (text != wanted)
+        problems += ["README.md: a table is old; run `course index --write`"] * (text != wanted)
     except CourseError as error:
         problems.append(str(error))
     return problems

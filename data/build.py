@@ -29,7 +29,7 @@ SOURCE = HERE / "source"
 SEED = 20260105
 SIZES = {"train": 2000, "dev": 200, "test": 300}
 COPIED = ("general", "safety", "policies", "lm_eval")
-COPIED_FILES = ("feedback_comments.jsonl", "odd_messages.jsonl", "ladder.csv", "gaps.csv", "mistakes.csv")
+COPIED_FILES = ("feedback_comments.jsonl", "odd_messages.jsonl", "ladder.csv", "gaps.csv", "mistakes.csv", "claims.csv")
 
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 # How often a ticket of this intent carries a due date where its wording has no place for one.

@@ -313,6 +313,23 @@ def test_index_write_makes_index_check_silent(checkout):
     assert readme.startswith("# Course\n") and readme.endswith("\n\nend\n")
 
 
+def test_the_readmes_scoreboard_is_what_the_notebooks_last_output_says(checkout):
+    shown = "metric   value   interval       n    band\nexact    0.5     [0.25, 0.75]   n=12  band 0 to 1  in\nspeed    True"
+    nb = good()
+    nb.cells[-1].outputs = [new_output("execute_result", {"text/plain": shown}, execution_count=9)]
+    put(checkout, FIRST, nb)
+    assert index.scores(FIRST) == {"exact": ("0.5", "[0.25, 0.75]", "12"), "speed": ("True", "", "")}
+    lesson = FIRST | {"headline": {"exact": "records", "speed": "as quick", "gone": "never recorded"}}
+    profiles.lessons()[:] = [lesson]
+    assert index.score_table().splitlines()[3:-1] == [
+        "| 01 | records | 0.5 [0.25, 0.75] | 12 |", "| 01 | as quick | True | |", "| 01 | never recorded | not run yet | |",
+    ]  # fmt: skip
+    (checkout / "README.md").write_text("\n".join([*index.README_MARKS, *index.SCORE_MARKS]))
+    assert any("a table is old" in problem for problem in gates.index_check())
+    gates.index_write()
+    assert gates.index_check() == [] and "| 01 | records |" in (checkout / "README.md").read_text()
+
+
 def test_index_faults_are_told(checkout):
     gates.index_write()
     put(checkout, {"id": "99_stray"}, good())
