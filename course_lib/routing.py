@@ -8,6 +8,7 @@ further, none the base with a fresh one. `adapter` and `load` answer as those of
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -290,8 +291,8 @@ def _drawn(base, tokenizer, rows: list[list[int]], n: int, draw, temperature: fl
 
 
 def rollout(given: list[list[dict]], trainer) -> dict:
-    """Answers for TRL's GRPOTrainer (its `rollout_func`), drawn as its own way of generating draws them; but each prompt
-    is read once for its whole group, and the adapter is merged meanwhile. A third of a step's time is saved."""
+    """Answers for TRL's GRPOTrainer (its `rollout_func`), drawn as its own way of generating draws them; but each
+    prompt is read once for its whole group, and the adapter is merged meanwhile."""
     import torch
 
     tokenizer, n = trainer.processing_class, trainer.num_generations
@@ -355,6 +356,47 @@ def rows(s: SimpleNamespace, seed: int = 0) -> list[dict]:
     return found
 
 
+@functools.cache
+def _reading_once():
+    from trl import GRPOTrainer
+
+    class ReadingOnce(GRPOTrainer):
+        """TRL's trainer, which reads each prompt once for its whole group, in the loss as well: the prompt is most of a
+        row here. The numbers are TRL's own: `tests/unit/test_routing.py`."""
+
+        def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, **rest):
+            return shared_log_p(self, model, input_ids, attention_mask, logits_to_keep)
+
+    return ReadingOnce
+
+
+def shared_log_p(made, model, ids, mask, written: int):
+    """(log-probability, entropy, None) of each of the last `written` tokens of each row, as `made`, a GRPOTrainer,
+    wants them: tensors (rows, written), at its temperature. Rows with the same prompt share one pass over it.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    base = made.accelerator.unwrap_model(model).get_base_model()
+    asked, group = ids[:, :-written].unique(dim=0, return_inverse=True)
+    first = torch.stack([(group == i).nonzero()[0, 0] for i in range(len(asked))])
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with made.accelerator.autocast():
+        cache = DynamicCache()
+        options = {"past_key_values": cache, "use_cache": True}
+        seen = mask[first, :-written]
+        hidden = base.model(asked, attention_mask=seen, position_ids=places[first, :-written], **options)
+        hidden = hidden.last_hidden_state[group, -1:]
+        if written > 1:
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[group], layer.values[group]
+            rest = {"attention_mask": mask[:, :-1], "position_ids": places[:, -written:-1]} | options
+            hidden = torch.cat([hidden, base.model(ids[:, -written:-1], **rest).last_hidden_state], 1)
+        log_p = (base.lm_head(hidden).float() / made.temperature).log_softmax(-1)
+    entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)
+    return log_p.gather(2, ids[:, -written:, None])[..., 0], entropy, None
+
+
 def trainer(model, tokenizer, rows: list[dict], reward, s: SimpleNamespace, seed: int, **changes):
     """TRL's GRPOTrainer for rows of prompt and gold answer, everything that its defaults would get wrong here said
     out loud.
@@ -365,7 +407,7 @@ def trainer(model, tokenizer, rows: list[dict], reward, s: SimpleNamespace, seed
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
     from transformers import PrinterCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
 
     disable_progress_bar()
     profiles.set_seeds(seed)
@@ -386,7 +428,7 @@ def trainer(model, tokenizer, rows: list[dict], reward, s: SimpleNamespace, seed
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*rollout_func.*")  # TRL calls that argument experimental
-        made = GRPOTrainer(
+        made = _reading_once()(
             model=model,
             reward_funcs=reward,
             args=GRPOConfig(**arguments | changes),

@@ -1,4 +1,5 @@
 import math
+import os
 import threading
 import time
 import types
@@ -139,6 +140,18 @@ def test_a_verifier_that_takes_too_long_is_stopped(swallow):
     assert reward.score("b", None) == 0.0 or swallow  # the next one is judged as ever
 
 
+def test_puzzles_of_reasoning_gym_are_judged():
+    if os.environ.get("CI") != "true":  # optional for a learner, required where the whole suite runs
+        pytest.importorskip("reasoning_gym")
+    import reasoning_gym
+
+    data = reasoning_gym.create_dataset("chain_sum", size=3, seed=0, min_terms=2, max_terms=2, max_digits=1)
+    reward = routing.Reward(lambda text, item: data.score_answer(text, item), seconds=20)
+    for item in data:
+        assert reward.score(item["answer"], item) == 1.0 and reward.score("", item) == 0.0
+    assert reward.errors == []
+
+
 def test_without_a_time_limit_nothing_is_judged():
     found = []
 
@@ -249,6 +262,30 @@ def test_the_trainer_takes_groups_in_the_order_of_the_rows(adapted, tiny_tokeniz
     assert (lora(adapted) - before).abs().max() > 0
     log = [entry for entry in made.state.log_history if "reward" in entry]
     assert [entry["reward"] for entry in log] == [0.5, 0.5] and log[0]["verifier_errors"] == 0
+
+
+def test_reading_a_prompt_once_changes_no_number(adapted, tiny_tokenizer):
+    made = routing.trainer(
+        adapted, tiny_tokenizer, ROWS, routing.Reward(lambda t, g: 1.0), settings(temperature=1.3), 0
+    )
+    rows = [ROWS[0] | {"prompt": [{"role": "user", "content": "Where is it, please?"}]}, *ROWS[1:3]]
+    batch = made._generate_and_score_completions([row for row in (rows[1], rows[0]) for _ in range(4)])
+    order = torch.tensor([3, 0, 7, 5, 1, 2, 6, 4])  # TRL mixes the rows
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)[order]
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)[order]
+    mask[::3, -2:] = 0  # as after an end token
+    assert mask[:, 0].min() == 0  # prompts of two lengths
+    written, weights = batch["completion_ids"].shape[1], [p for p in adapted.parameters() if p.requires_grad]
+    judged = mask[:, -written:]
+    from trl import GRPOTrainer
+
+    theirs = GRPOTrainer._get_per_token_logps_and_entropies(made, adapted, ids, mask, written, compute_entropy=True)
+    ours = made._get_per_token_logps_and_entropies(adapted, ids, mask, written, compute_entropy=True)
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(a * judged, b * judged, rtol=1e-4, atol=1e-4)
+    grads = [torch.autograd.grad((f[0] * judged).sum(), weights) for f in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_without_a_reward_nothing_moves(adapted, tiny_tokenizer):
