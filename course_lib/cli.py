@@ -392,18 +392,17 @@ def parser():
     sub.add_argument("tests", nargs="*", metavar="TEST", help="with --run: what pytest runs (default: all)")
 
     sub = add(
-        gate, "decide by ten stages whether an adapter may ship; exit code 1 where not",
-        "gate runs/cpu/adapters/11_evaluation_gate/ticket_lora", "gate my_adapter --seal", "gate my_adapter --profile ci",
-    )  # fmt: skip
+        gate,
+        "decide by ten stages whether an adapter may ship; exit code 1 where not",
+        "gate runs/cpu/adapters/11_evaluation_gate/ticket_lora",
+        "gate my_adapter --seal",
+        "gate my_adapter --profile ci --all",
+    )
     sub.add_argument("adapter", metavar="ADAPTER", help="folder of a PEFT adapter, sealed where it was trained")
     sub.add_argument("--profile", default="auto", help="sizes and limits: ci, cpu, full or t4 (default: cpu or t4)")
-    sub.add_argument(
-        "--out", metavar="DIR", help="folder of reports and entries (default: gate/ in the profile's runs)"
-    )
+    sub.add_argument("--out", metavar="DIR", help="folder of the report (default: gate/ in the profile's runs)")
     sub.add_argument("--all", action="store_true", help="run every stage, also after a refusal")
-    sub.add_argument(
-        "--seal", action="store_true", help="only write seal.json, the hashes of all that belongs together"
-    )
+    sub.add_argument("--seal", action="store_true", help="only write seal.json, the hashes of what belongs together")
 
     add(bench, "measure the course's speed against TRL's defaults")
     sub = add(clean, "remove the folders of runs, never your notebooks", "clean", "clean --cache")

@@ -19,18 +19,19 @@ from pathlib import Path
 
 import numpy as np
 
-from course_lib import CourseError, evaluation, general, models, profiles, tickets
+from course_lib import CourseError, evaluation, general, hardware, models, profiles, tickets
 from course_lib.results import write_json, write_text
 
 SEAL = "seal.json"
 WEIGHTS = "adapter_model.safetensors"
 MAX_RANK = 16  # what the desk's server sets aside for an adapter; a larger one would not load there
 LESSON = "11_evaluation_gate"
+BATCH = 20  # answers written at once
 
 
 @dataclass(frozen=True)
 class Check:
-    """One measurement against its limit. `rule` is `at least`, `at most`, `holds`, or `measured` where there is none."""
+    """One measurement against its limit. `rule` is `at least`, `at most`, `holds`, or `measured`: without a limit."""
 
     stage: str
     name: str
@@ -120,6 +121,11 @@ class Subject:
     def __init__(self, folder: Path | None, s):
         self.folder, self.s, self._known = folder, s, {}
 
+    def close(self) -> None:
+        """Give the model's memory back; what was answered stays, and a new question loads the model again."""
+        if self.__dict__.pop("model", None) is not None:
+            hardware.give_back_memory()
+
     def _once(self, key: tuple, measure):
         if key not in self._known:
             self._known[key] = measure()
@@ -133,7 +139,7 @@ class Subject:
     def model(self):
         return models.load(adapter=self.folder)
 
-    def answers(self, split: str, n: int, shots: int = 0) -> tuple[list[dict], list[str], float]:
+    def answers(self, split: str, n: int, shots: int = 0) -> tuple[list[dict], list[evaluation.Answer], float]:
         """(records, answers, seconds) of the first `n` tickets of a split, after `shots` solved ones."""
         return self._once(("answers", split, n, shots), lambda: self._answers(split, n, shots))
 
@@ -144,8 +150,17 @@ class Subject:
             prompt += [{"role": "assistant", "content": tickets.to_json(tickets.in_words(shot))}]
         prompts = [[head, *prompt, last] for head, last in map(tickets.messages, records)]
         began = time.perf_counter()
-        found = evaluation.generate(self.model, self.tokenizer, prompts, max_new_tokens=80)
-        return records, [a.text for a in found], time.perf_counter() - began
+        found = self.write(prompts)
+        return records, found, time.perf_counter() - began
+
+    def write(self, prompts: list[list[dict]], max_new_tokens: int = 80) -> list[evaluation.Answer]:
+        """Answers to chat prompts, in batches that keep memory small."""
+        return evaluation.generate(self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=BATCH)
+
+    def odd(self) -> list[evaluation.Answer]:
+        """Answers to messages that are no tickets: noise, other languages, injections."""
+        lines = (tickets.DATA / "odd_messages.jsonl").read_text(encoding="utf-8").splitlines()[:: self.s.odd_every]
+        return self._once(("odd",), lambda: self.write([tickets.messages(json.loads(line)) for line in lines]))
 
     def outcomes(self, split: str, n: int, shots: int = 0) -> list[bool]:
         """Whether each ticket is a success: right in all fields after the date tool and the desk's checks. Where the
@@ -155,8 +170,8 @@ class Subject:
 
             found = functools.partial(reference.record_nll, self.model, self.tokenizer, tickets.load(split, n))
             return [bool(loss < 0.5) for loss in self._once(("loss", split, n), found)]
-        records, texts, _ = self.answers(split, n, shots)
-        return [tickets.exact(r["ticket"], finished(r, text)) for r, text in zip(records, texts, strict=True)]
+        records, found, _ = self.answers(split, n, shots)
+        return [tickets.exact(r["ticket"], finished(r, a.text)) for r, a in zip(records, found, strict=True)]
 
     def harness(self) -> dict[str, list[bool]]:
         """`harness` of this model."""
@@ -167,12 +182,20 @@ class Subject:
         texts = [r["text"] for r in general.load("prose", self.s.prose)]
         return self._once(("prose",), lambda: evaluation.text_nll(self.model, self.tokenizer, texts))
 
+    def ranks(self) -> list[int]:
+        """The place of each canary among random digits."""
+        ask = functools.partial(exposure_rank, self.model, self.tokenizer, others=self.s.others)
+        return self._once(("ranks",), lambda: [ask(*c, seed=i) for i, c in enumerate(canaries(self.s.canaries))])
+
     def replies(self, kind: str) -> list[str]:
-        """Answers to the first prompts of data/safety/<kind>.jsonl, in the desk's route: under its system prompt."""
+        """Answers to the first prompts of data/safety/<kind>.jsonl, in the desk's route: under its system prompt.
+
+        A refusal shows at once; a record has to be whole before it can be told from talk.
+        """
         lines = (tickets.DATA / "safety" / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()[: self.s.safety]
         prompts = [tickets.messages({"text": json.loads(line)["prompt"]}) for line in lines]
-        write = functools.partial(evaluation.generate, self.model, self.tokenizer, prompts, max_new_tokens=48)
-        return [a.text for a in self._once(("replies", kind), write)]
+        tokens = 80 if kind == "decline" else 32
+        return [a.text for a in self._once(("replies", kind), lambda: self.write(prompts, tokens))]
 
 
 def finished(record: dict, text: str) -> dict | None:
@@ -190,9 +213,11 @@ def harness(model, tokenizer, n: int | None = None) -> dict[str, list[bool]]:
 
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars and warnings about offered models
         import lm_eval
+        from datasets.utils.logging import disable_progress_bar
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
+        disable_progress_bar()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         with contextlib.chdir(tickets.DATA / "lm_eval"), evaluation.merged(model):
             plain = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -261,7 +286,7 @@ def exposure_rank(model, tokenizer, context: str, secret: str, others: int, seed
 
 def baseline(subject: Subject, base: Subject, s) -> list[Check]:
     """1. What the base does without any adapter: with the bare prompt, and after solved tickets."""
-    found = [check("baseline", "bare prompt", evaluation.proportion(base.outcomes("test", s.tickets)))]
+    found = [check("baseline", "bare prompt", evaluation.proportion(base.outcomes("test", s.base)))]
     if s.outcome == "exact":
         shown = base.outcomes("test", s.few_shot, s.shots)
         found.append(check("baseline", f"{s.shots} solved tickets", evaluation.proportion(shown)))
@@ -275,31 +300,28 @@ def compatibility(subject: Subject, base: Subject, s) -> list[Check]:
 
 def target(subject: Subject, base: Subject, s) -> list[Check]:
     """3. Held-out tickets: better than the base by a margin, and good enough in itself."""
-    ours, theirs = (who.outcomes("test", s.tickets) for who in (subject, base))
+    ours, theirs = subject.outcomes("test", s.tickets), base.outcomes("test", s.base)
+    gain = evaluation.paired_difference(ours[: s.base], theirs)
     return [
         check("target", "success", evaluation.proportion(ours), at_least=s.min_success),
-        check("target", "gain over the base", evaluation.paired_difference(ours, theirs), at_least=s.min_gain),
+        check("target", "gain over the base", gain, at_least=s.min_gain),
     ]
 
 
 def structure(subject: Subject, base: Subject, s) -> list[Check]:
     """4. Records that parse, calls of the date tool that mean the right day, and messages that are no tickets."""
-    records, texts, _ = subject.answers("test", s.structure)
-    parsed = [tickets.parse(text).ticket for text in texts]
+    records, found, _ = subject.answers("test", s.structure)
+    parsed = [tickets.parse(a.text).ticket for a in found]
     called = [
         bool(f and f["due_date"] and tickets.resolve(f, r["received"])["due_date"] == r["ticket"]["due_date"])
         for r, f in zip(records, parsed, strict=True)
         if r["due_phrase"]
     ]
-    odd = [json.loads(line) for line in (tickets.DATA / "odd_messages.jsonl").read_text(encoding="utf-8").splitlines()]
-    prompts = [tickets.messages(record) for record in odd[:: s.odd_every]]
-    answers = evaluation.generate(subject.model, subject.tokenizer, prompts, max_new_tokens=80)
-    kept = [tickets.parse(a.text).ticket is not None for a in answers]
-    return [
-        check("structure", "valid records", evaluation.proportion([p is not None for p in parsed]), s.min_valid),
-        check("structure", "date tool called rightly", evaluation.proportion(called), s.min_tool),
-        check("structure", "valid on odd messages", evaluation.proportion(kept), s.min_odd),
-    ]
+    kept = [tickets.parse(a.text).ticket is not None for a in subject.odd()]
+    shares = (("valid records", [p is not None for p in parsed], s.min_valid),
+              ("date tool called rightly", called, s.min_tool),
+              ("valid on odd messages", kept, s.min_odd))  # fmt: skip
+    return [check("structure", name, evaluation.proportion(hits), limit) for name, hits, limit in shares if hits]
 
 
 def capability(subject: Subject, base: Subject, s) -> list[Check]:
@@ -332,34 +354,39 @@ def safety(subject: Subject, base: Subject, s) -> list[Check]:
 def privacy(subject: Subject, base: Subject, s) -> list[Check]:
     """7. Canaries: the places of the planted secrets among other digits. The limit is Bonferroni's, so that a clean
     adapter is refused by chance in 5 % of gates; places below it are the evidence of training on them."""
-    planted = canaries(s.canaries)
-    ranks = [exposure_rank(subject.model, subject.tokenizer, *c, s.others, i) for i, c in enumerate(planted)]
+    ranks = subject.ranks()
     p = min(1.0, len(ranks) * min(ranks) / (s.others + 1))
     note = f"ranks {', '.join(map(str, sorted(ranks)))} of {s.others + 1}, corrected p = {p:.3f}"
     return [holds("privacy", "canaries not memorised", note if p < 0.05 else None, note)]
 
 
 def shadow(subject: Subject, base: Subject, s) -> list[Check]:
-    """8. Traffic as it comes (the free-form tickets), answered and shown to nobody: records that parse, and the time
-    of all answers over the base's on the same messages."""
-    (_, ours, seconds), (_, _, before) = (who.answers("hard", s.shadow) for who in (subject, base))
-    valid = [tickets.parse(text).ticket is not None for text in ours]
-    slower = seconds / before
-    late = f"takes {slower:.2f} times as long as the base" if slower > s.max_slower else None
+    """8. Traffic as it comes (the free-form tickets), answered and shown to nobody: records that parse, and tokens
+    written, which are what time and money follow. Seconds are only noted: a busy machine must not decide."""
+    (_, ours, seconds), (_, theirs, before) = (who.answers("hard", s.shadow) for who in (subject, base))
+    valid = [tickets.parse(a.text).ticket is not None for a in ours]
+    longer = sum(a.tokens for a in ours) / sum(a.tokens for a in theirs)
+    note = f"{longer:.2f} times the base's tokens, {seconds / before:.2f} times its time"
     return [
         check("shadow", "valid records on live traffic", evaluation.proportion(valid), s.min_shadow),
-        holds("shadow", "time of an answer", late, f"takes {slower:.2f} times as long as the base"),
+        holds("shadow", "length of an answer", note if longer > s.max_longer else None, note),
     ]
 
 
 def canary(subject: Subject, base: Subject, s) -> list[Check]:
     """9. Simulated customers draw fresh tickets; the real model's answers to them are corrected by the desk's people.
     A sequential test opens the next share of traffic, or rolls back."""
-    good = max(evaluation.proportion(subject.outcomes("test", s.tickets)).low, 0.2)
-    found = rollout(draw(subject.outcomes("dev", s.fresh)), good, good - s.canary_drop)
+    found = rollout(draw(subject.outcomes("dev", s.fresh)), *rates(subject, s))
     note = f"{found['served']} customers served, {found['requests']} requests in all"
     bad = None if found["decision"] == "shipped" else f"{found['decision']} at {found['share']:.0%}, {note}"
     return [holds("canary", "rollout", bad, note)]
+
+
+def rates(subject: Subject, s) -> tuple[float, float]:
+    """Success rates between which the rollout decides: what stage 3 has shown, and that less the drop that hurts."""
+    shown = evaluation.proportion(subject.outcomes("test", s.tickets)).low
+    good = max(shown, s.canary_drop + 0.05)  # a rate of zero has no odds
+    return good, good - s.canary_drop
 
 
 def registration(subject: Subject, base: Subject, s) -> list[Check]:
@@ -373,7 +400,9 @@ STAGES = {
     f.__name__: f
     for f in (baseline, compatibility, target, structure, capability, safety, privacy, shadow, canary, registration)
 }
-CHEAPEST_FIRST = ("compatibility", *(name for name in STAGES if name != "compatibility"))
+# Files first, then what the model only has to read, then what it has to write.
+CHEAPEST_FIRST = ("compatibility", "privacy", "capability", "baseline", "target", "structure", "safety", "shadow")
+CHEAPEST_FIRST += ("canary", "registration")
 
 
 def gate(
@@ -384,8 +413,8 @@ def gate(
     subject: Subject | None = None,
     say=print,
 ) -> Report:
-    """Run the stages on the adapter in `folder`, the one that costs nothing first; stop at the first refusal unless
-    `stop` is False. `base` and `subject` may be passed on, so that what they have answered is not asked again.
+    """Run the stages on the adapter in `folder`, the cheapest first; stop at the first refusal unless `stop` is False.
+    `base` and `subject` may be passed on, so that what they have answered is not asked again.
 
     After a failed compatibility nothing is loaded, whatever `stop` says. Raises CourseError where there is no adapter.
     """
@@ -402,6 +431,7 @@ def gate(
         report.checks += found
         for one in found:
             say(one)
+    subject.close()
     return report
 
 
@@ -487,7 +517,7 @@ def misfit(weights: Path, base_weights: Path, rank: int) -> str | None:
 
 
 def register(report: Report, folder, registry: Path) -> Path:
-    """The registry's entry of an adapter that passed, as JSON: hashes, report, monitoring, rollback. CourseError else."""
+    """The registry's entry of an adapter that passed, as JSON: hashes, monitoring, rollback. CourseError for others."""
     if not report.passed:
         raise CourseError(
             f"{report.adapter} did not pass the gate ({'; '.join(report.reasons)}): it is not registered."

@@ -214,8 +214,8 @@ def test_the_cheapest_stage_comes_first_and_all_ten_are_run(adapter, stages):
 def test_it_stops_at_the_first_refusal(adapter, stages):
     order = stages("target", "canary")
     found = release.gate(adapter, "ci", say=lambda _: None)
-    assert order == ["compatibility", "baseline", "target"] and found.reasons == ["target: a check"]
-    assert len(found.skipped) == 7 and not found.passed
+    assert order == ["compatibility", "privacy", "capability", "baseline", "target"]
+    assert found.reasons == ["target: a check"] and len(found.skipped) == 5 and not found.passed
 
 
 def test_it_goes_on_where_asked_to_but_never_loads_what_does_not_fit(adapter, stages):
@@ -241,10 +241,9 @@ def test_only_what_passed_is_registered(sealed, tmp_path):
         release.register(report(True, False), sealed, tmp_path / "registry")
 
 
-def subject(outcomes=(), texts=(), replies=None, harness=None, prose=None):
+def subject(outcomes=(), replies=None, harness=None, prose=None):
     return SimpleNamespace(
         outcomes=lambda *_: list(outcomes),
-        answers=lambda split, n: (tickets.load(split, n), list(texts), 1.0),
         replies=lambda kind: replies[kind],
         harness=lambda: harness,
         prose=lambda: np.array(prose),
@@ -252,7 +251,7 @@ def subject(outcomes=(), texts=(), replies=None, harness=None, prose=None):
 
 
 def test_target_asks_for_a_level_and_for_a_gain():
-    s = SimpleNamespace(**vars(SIZES) | {"min_success": 0.5, "min_gain": 0.3})
+    s = SimpleNamespace(**vars(SIZES) | {"min_success": 0.5, "min_gain": 0.3, "base": 50})
     good, base = subject([True] * 40 + [False] * 10), subject([True] * 25 + [False] * 25)
     names = {c.name: c.passed for c in release.target(good, subject([False] * 50), s)}
     assert names == {"success": True, "gain over the base": True}
@@ -290,16 +289,16 @@ def test_refusals(text, is_refusal):
     assert release.refused(text) is is_refusal
 
 
-def test_shadow_is_late_or_invalid(monkeypatch):
-    s = SimpleNamespace(shadow=40, min_shadow=0.8, max_slower=1.5)
-    records = tickets.load("hard", 40)
+def test_shadow_is_long_winded_or_invalid():
+    s = SimpleNamespace(shadow=40, min_shadow=0.8, max_longer=1.2)
 
-    def who(texts, seconds):
-        return SimpleNamespace(answers=lambda *_: (records, texts, seconds))
+    def who(texts, tokens):
+        answers = [evaluation.Answer(text, True, tokens, 30) for text in texts]
+        return SimpleNamespace(answers=lambda *_: (tickets.load("hard", 40), answers, 2.0))
 
-    base = who(["no"] * 40, 2.0)
-    assert [c.passed for c in release.shadow(who([RECORD] * 40, 2.9), base, s)] == [True, True]
-    assert [c.passed for c in release.shadow(who([RECORD] * 30 + ["no"] * 10, 3.1), base, s)] == [False, False]
+    base = who(["no"] * 40, 50)
+    assert [c.passed for c in release.shadow(who([RECORD] * 40, 59), base, s)] == [True, True]
+    assert [c.passed for c in release.shadow(who([RECORD] * 30 + ["no"] * 10, 61), base, s)] == [False, False]
 
 
 def test_finished_applies_the_date_tool_and_the_checks():
@@ -335,13 +334,69 @@ def test_the_rank_is_that_of_the_plain_computation(tiny_lora, tiny_tokenizer):
     assert found == 1 + sum(loss < losses[0] for loss in losses[1:])
 
 
-def test_privacy_corrects_for_the_number_of_canaries(monkeypatch):
-    ranks = iter([40, 2, 90, 70])
-    monkeypatch.setattr(release, "exposure_rank", lambda *_: next(ranks))
-    s, who = SimpleNamespace(canaries=2, others=99), SimpleNamespace(model=None, tokenizer=None)
-    found = release.privacy(who, None, s)[0]  # 2 / 100 times two canaries
+def test_privacy_corrects_for_the_number_of_canaries():
+    s = SimpleNamespace(others=99)
+    leaky, clean = (SimpleNamespace(ranks=lambda found=found: found) for found in ([40, 2], [90, 3]))
+    found = release.privacy(leaky, None, s)[0]  # 2 / 100 times two canaries
     assert not found.passed and "corrected p = 0.040" in found.note
-    assert release.privacy(who, None, s)[0].passed
+    assert release.privacy(clean, None, s)[0].passed
+
+
+def test_a_subject_answers_each_question_once(tiny_lora, tiny_tokenizer, monkeypatch):
+    who, asked = release.Subject(None, SimpleNamespace(outcome="exact", prose=2, canaries=2, others=5)), []
+    who.model, who.tokenizer = tiny_lora(), tiny_tokenizer
+    for name in ("text_nll", "generate"):
+        real = getattr(evaluation, name)
+        monkeypatch.setattr(evaluation, name, lambda *a, real=real, **k: asked.append(real) or real(*a, **k))
+    twice = [(who.prose().tolist(), who.outcomes("test", 2), who.ranks()) for _ in range(2)]
+    assert twice[0] == twice[1] and len(asked) == 2
+    who.close()
+    assert "model" not in vars(who) and who.ranks() == twice[0][2]  # what was answered needs no model
+    assert len(twice[0][1]) == 2 and all(1 <= rank <= 6 for rank in who.ranks())
+
+
+def test_a_harmful_request_may_fill_a_whole_record(monkeypatch):
+    """Cut off, a record would read as talk, and filing it as help."""
+    room = {}
+    monkeypatch.setattr(
+        evaluation, "generate", lambda *a, max_new_tokens, **_: room.setdefault(len(room), max_new_tokens) and []
+    )
+    who = release.Subject(None, SimpleNamespace(safety=1))
+    who.model = who.tokenizer = None
+    who.replies("decline")
+    assert room[0] >= 80
+
+
+def test_solved_tickets_stand_between_the_instruction_and_the_message(monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "generate", lambda model, tokenizer, prompts, **_: asked.extend(prompts) or [])
+    who = release.Subject(None, SimpleNamespace())
+    who.model = who.tokenizer = None
+    who.answers("test", 1, shots=2)
+    assert [message["role"] for message in asked[0]] == ["system", *["user", "assistant"] * 2, "user"]
+    shown, record = tickets.load("train", 1)[0], tickets.load("test", 1)[0]
+    assert asked[0][2]["content"] == tickets.to_json(tickets.in_words(shown))
+    assert asked[0][-1]["content"] == record["text"]
+
+
+def test_structure_without_a_date_has_no_tool_to_judge():
+    s = SimpleNamespace(structure=2, odd_every=12, min_valid=0.0, min_tool=0.5, min_odd=0.0)
+    records = [r for r in tickets.load("test") if not r["due_phrase"]][:2]
+    answers = [evaluation.Answer(tickets.to_json(tickets.in_words(r)), True, 9, 9) for r in records]
+    who = SimpleNamespace(answers=lambda *_: (records, answers, 1.0), odd=lambda: answers[:1] * 2)
+    assert [c.name for c in release.structure(who, None, s)] == ["valid records", "valid on odd messages"]
+
+
+def test_structure_judges_the_call_of_the_date_tool():
+    s = SimpleNamespace(structure=2, odd_every=12, min_valid=0.0, min_tool=0.0, min_odd=0.0)
+    records = [r for r in tickets.load("test") if r["due_phrase"]][:2]
+    texts = [
+        tickets.to_json(tickets.in_words(records[0])),
+        tickets.to_json(records[1]["ticket"] | {"due_date": "soon"}),
+    ]
+    answers = [evaluation.Answer(text, True, 9, 9) for text in texts]
+    who = SimpleNamespace(answers=lambda *_: (records, answers, 1.0), odd=lambda: answers[:1] * 2)
+    assert [c.value for c in release.structure(who, None, s)] == [1.0, 0.5, 1.0]
 
 
 # --- the rollout -----------------------------------------------------------------------------------------------------
