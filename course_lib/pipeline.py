@@ -73,7 +73,11 @@ def pairs(drawn: dict, s: SimpleNamespace) -> list[dict]:
 
 def draw(profile: str, seed: int = 0) -> dict:
     """What the model after stage 2 answers by lot, from the cache or drawn now: `teams`, entries of ticket_id, team
-    (the right one) and answers, and `replies`, samples as `replies.sample` makes them."""
+    (the right one) and answers, and `replies`, samples as `replies.sample` makes them.
+
+    Where the recipe says `stored`, the replies are those of `data/replies/sampled.jsonl`, which a model of lesson 06
+    wrote: a stage 2 of three steps writes none that keeps the rubric.
+    """
     s = settings("desk_rejection", profile)
     path = models.cache_dir() / "samples" / f"desk-{profile}-{seed}-{key('desk_rejection', profile, seed)}.json"
     if path.exists():
@@ -86,7 +90,10 @@ def draw(profile: str, seed: int = 0) -> dict:
     teams = [
         {"ticket_id": r["id"], "team": routing.team(r), "answers": a} for r, a in zip(records, answers, strict=True)
     ]
-    drafted = replies.sample(model, tokenizer, replies.load("train", s.replies, skip=s.skip), s.drafts, seed)
+    if getattr(s, "stored", False):
+        drafted = replies.read_samples()[0][: s.replies]
+    else:
+        drafted = replies.sample(model, tokenizer, replies.load("train", s.replies, skip=s.skip), s.drafts, seed)
     found = {"teams": teams, "replies": drafted}
     write_json(path, found)
     return found
@@ -101,7 +108,7 @@ def prepare(name: str, profile: str, seed: int = 0):
     if name == "desk_sft":
         profiles.set_seeds(seed)
         model = recipes.add_lora(models.load(), s)
-        return model, recipes.sft_trainer(model, tokenizer, demonstrations(s), s, seed)
+        return model, recipes.sft_trainer(model, tokenizer, demonstrations(s), s, seed, logging_steps=1)
     if name == "desk_rl":
         model = preferences.continued(adapter(s.start, profile, seed), exact=True)
         records = routing.load("train", s.steps * s.prompts, skip=s.skip, longest=s.longest)
@@ -110,14 +117,18 @@ def prepare(name: str, profile: str, seed: int = 0):
     drawn = draw(profile, seed)  # first: it needs a model of its own
     if name == "desk_rejection":
         model = preferences.continued(adapter(s.start, profile, seed))
-        return model, recipes.sft_trainer(model, tokenizer, verified(drawn), s, seed)
+        return model, recipes.sft_trainer(model, tokenizer, verified(drawn), s, seed, logging_steps=1)
     model = preferences.continued(adapter(s.start, profile, seed), exact=True)
     return model, preferences.trainer(model, tokenizer, pairs(drawn, s), s, seed)
 
 
-# What of the routing task an adapter depends on; the rest of that module may change without another training.
-_ROUTING = (routing.team, routing.load, routing.messages, routing.read, routing.right_team, routing.sample)
-_ROUTING += (routing.Reward, routing.trainer)
+# What of the routing task a stage depends on; the rest of that module may change without another training.
+_ROUTING = {
+    "desk_sft": (routing.team, routing.load, routing.messages),
+    "desk_rl": (routing.read, routing.right_team, routing.Reward, routing.rollout, routing.trainer),
+    "desk_rejection": (routing.sample,),
+    "desk_dpo": (),
+}
 
 
 def key(name: str, profile: str, seed: int) -> str:
@@ -125,7 +136,7 @@ def key(name: str, profile: str, seed: int) -> str:
     are written and judged."""
     s = settings(name, profile)
     parts = [recipes.key(name, profile, seed), models.sha256(preferences.BANK), models.sha256(Path(replies.__file__))]
-    parts += [routing.TEAMS, routing.SYSTEM, *(inspect.getsource(part) for part in _ROUTING)]
+    parts += [routing.TEAMS, routing.SYSTEM, *(inspect.getsource(part) for part in _ROUTING[name])]
     parts += [key(s.start, profile, seed)] if s.start else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
