@@ -1,8 +1,8 @@
 """The release gate: may this adapter ship? Ten stages, each a function that measures and says what it found.
 
 A stage returns checks. A check passes when the far end of its 95 % interval keeps its limit, not the value alone: a
-small or lucky sample does not open the gate. Sizes and limits stand in `[lesson.sizes]` of lesson 11 in
-`notebooks/course.toml`, before anything is measured, so that the limits are ones that the sizes can support.
+small sample rather refuses than lets through by luck. Sizes and limits stand together in `[lesson.sizes]` of lesson 11
+in `notebooks/course.toml`, so that the limits are ones that the sizes can support.
 """
 
 from __future__ import annotations
