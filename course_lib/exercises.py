@@ -745,102 +745,6 @@ def _four_logs(answer):
     return True, "the rewards of thumbs down are the first thing to look at in such a log."
 
 
-# --- lesson 14 -------------------------------------------------------------------------------------------------------
-
-
-@register("14.1", "Give the number of weights, the megabytes in 16 and in 32 bits, and a verdict of the rule.")
-def _size_of_a_file(answer):
-    n = 32 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
-    wanted = {"weights": n, "MB in 16 bits": 2 * n / 1e6, "MB in 32 bits": 4 * n / 1e6, "verdict": "imprecise"}
-    dots = _untouched(answer, wanted)
-    if dots:
-        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
-
-    def wrong(name):
-        if name == "verdict":
-            given = " ".join(str(answer[name]).lower().split())
-            return None if given == wanted[name] else "in how many of the two cases does the claim hold?"
-        given, right = float(answer[name]), wanted[name]
-        if abs(given - right) <= (0 if name == "weights" else 0.01 * right):
-            return None
-        if name == "weights":
-            slips = ((n / 32, "that is one block"), (n * 4096 / 14336, "the MLP is wider than the rest"))
-            slips += ((32 * 32 * (4 * 8192 + 3 * 18432), "key and value of this model are narrower than query"),)
-            slips += ((32 * 32 * 26624, "all linear layers: the MLP has three"), (n / 2, "is the rank 32?"))
-            return next(
-                (text for slip, text in slips if abs(given - slip) <= 0.001 * slip), "rank x (inputs + outputs)"
-            )
-        slips = ((right * 1e6, "in millions of bytes"), (right / 1.048576, "a megabyte is a million bytes here"))
-        slips += ((8 * right, "that is bits"), (right / 2, "16 bits are 2 bytes, 32 bits are 4"))
-        return next((text for slip, text in slips if abs(given - slip) <= 0.005 * slip), "weights times bytes a weight")
-
-    found = {name: text for name in wanted if (text := wrong(name))}
-    if found:
-        return False, "look again at " + "; ".join(f"{name} ({text})" for name, text in found.items()) + "."
-    return True, "right in 16 bits; PEFT writes 32 unless it is told otherwise."
-
-
-@register("14.2", "Give the upper limit in percent, and the least number of trials as a whole number.")
-def _nothing_happened(answer):
-    wanted = {"limit in percent": 100 * (1 - 0.05 ** (1 / 300)), "trials needed": 2995}
-    dots = _untouched(answer, wanted)
-    if dots:
-        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
-    limit, trials = float(answer["limit in percent"]), float(answer["trials needed"])
-    wrong = []
-    if abs(limit - wanted["limit in percent"]) > 0.012:  # three over 300 is near enough
-        slips = ((0.0, "nothing seen is not nothing there"), (wanted["limit in percent"] / 100, "in percent, please"))
-        slips += ((100 / 300, "one over n is where a third of such runs would still pass"),)
-        text = next((t for slip, t in slips if abs(limit - slip) <= 1e-4), "solve (1 - p) to the power of 300 = 0.05")
-        wrong.append(f"limit in percent ({text})")
-    if not 2995 <= trials <= 3000:
-        slips = ((2994, "one trial short: round up"), (300, "that is what was tried"))
-        slips += ((1000, "a thousand trials expect one failure, and a third of such runs show none"),)
-        text = next((t for slip, t in slips if trials == slip), "solve (1 - 0.001) to the power of n = 0.05 for n")
-        wrong.append(f"trials needed ({text})")
-    if wrong:
-        return False, "look again at " + "; ".join(wrong) + "."
-    return True, "ten times as many trials for a tenth of the rate."
-
-
-@register("14.3", 'Write `judge` so that it returns "correct" or "wrong" for each claim.')
-def _a_check_that_can_fail(answer):
-    def expected(p, k):
-        return sum(p**i for i in range(k + 1))
-
-    slips = (
-        (lambda p, k: p * k, "a draft after a refused one is lost, so accepted x drafted is too many"),
-        (lambda p, k: p * k + 1, "a draft after a refused one is lost, so accepted x drafted is too many"),
-        (lambda p, k: expected(p, k) - 1, "the pass itself adds a token"),
-        (lambda p, k: expected(p, k - 1), "count every draft, and the token of the pass"),
-        (lambda p, k: expected(p, k + 1), "one term too many"),
-    )
-    settings = ((0.8, 4), (0.6, 5), (0.95, 3), (0.5, 2))
-    claimed = [(expected(p, k) * off, p, k) for p, k in settings for off in (1.0, 1.015, 0.985, 1.03, 0.97)]
-    claimed += [(slip(p, k), p, k) for slip, _ in slips for p, k in settings] + [(4.0, 0.8, 4)]
-    tried = [(c, p, k, "correct" if abs(c / expected(p, k) - 1) <= 0.02 else "wrong") for c, p, k in claimed]
-    found = [" ".join(str(answer(c, p, k)).lower().split()) for c, p, k, _ in tried]
-    if not set(found) <= {"correct", "wrong"}:
-        return False, f'it returned {found[0]!r}; the words are "correct" and "wrong".'
-    if len(set(found)) == 1:
-        return False, f"it says {found[0]!r} of a claim and of its control: a check has to be able to fail."
-
-    def same(formula, tolerance=0.02):
-        def says(c, p, k):
-            return "correct" if abs(c - formula(p, k)) <= tolerance * formula(p, k) else "wrong"
-
-        return found == [says(c, p, k) for c, p, k, _ in tried]
-
-    if found == [right for *_, right in tried]:
-        return True, "it accepts the control and refuses the claim."
-    for slip, text in slips:
-        if same(slip):
-            return False, f"{text}."
-    if same(expected, 1e-9) or same(expected, 0.05) or same(expected, 0.01):
-        return False, "the number is right; 2 in 100 are allowed to both sides."
-    return False, "add up the chance that each draft and all before it are accepted, and one."
-
-
 # --- lesson 08 -------------------------------------------------------------------------------------------------------
 
 
@@ -942,89 +846,6 @@ def _which_method(answer):
     if wrong:
         return False, "look again at " + "; ".join(wrong) + "."
     return True, "what is at hand decides, and what it costs."
-
-
-# --- lesson 12 -------------------------------------------------------------------------------------------------------
-
-
-@register("12.1", "Give for each request the number that the service answers with.")
-def _what_to_answer(answer):
-    wanted = {"a": 200, "b": 429, "c": 422, "d": 401, "e": 503, "f": 503}
-    hints = {
-        "a": "nothing is wrong with it",
-        "b": "the client did nothing wrong, it should come again later",
-        "c": "a field that is not taken is refused, not ignored",
-        "d": "without a key nobody knows who asks, whatever a header says",
-        "e": "its time is over, and that was not the client's doing",
-        "f": "the fault is on the server's side, and nobody else's adapter may answer",
-    }
-    dots = _untouched(answer, wanted)
-    if dots:
-        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
-    wrong = [f"{name} ({hints[name]})" for name in wanted if int(answer[name]) != wanted[name]]
-    if wrong:
-        return False, "look again at " + "; ".join(wrong) + "."
-    return True, "4xx where the client has something to change or to wait for, 503 where the server could not."
-
-
-@register("12.2", "Write false_alarm(n, rate, limit), which returns the probability that one window fires.")
-def _false_alarm(answer):
-    windows = ((100, 0.95, 90), (50, 0.9, 40), (10, 0.5, 5), (300, 0.98, 285), (20, 0.99, 20))
-
-    def terms(n, rate, numbers):
-        return sum(math.comb(n, j) * rate**j * (1 - rate) ** (n - j) for j in numbers)
-
-    def same(formula):
-        return all(
-            math.isclose(x, formula(*w), rel_tol=1e-6, abs_tol=1e-12) for x, w in zip(found, windows, strict=True)
-        )
-
-    found = [float(answer(*window)) for window in windows]
-    if same(lambda n, rate, limit: terms(n, rate, range(limit))):
-        return True, "a binomial tail: one of ninety windows cries wolf at the checklist's threshold."
-    slips = (
-        (lambda n, r, k: terms(n, r, range(k + 1)), "at the limit itself the alarm is silent: fewer than limit."),
-        (lambda n, r, k: terms(n, r, range(k, n + 1)), "that is the probability that it stays silent."),
-        (lambda n, r, k: terms(n, 1 - r, range(k)), "rate is the probability of a right answer, not of a wrong one."),
-        (lambda n, r, k: terms(n, r, [k]), "that is exactly limit right answers: add up all that are fewer."),
-        (lambda n, r, k: terms(n, r, [k - 1]), "that is one number of right answers: add up all that are fewer."),
-    )
-    return False, next((text for slip, text in slips if same(slip)), "the values are others: add up the binomial.")
-
-
-@register("12.3", "Write room(ranks, per_rank, page), which returns the bytes with slots and the bytes with pages.")
-def _room_for_adapters(answer):
-    tries = (
-        ([16, 16, 4], 1000, 4096),
-        ([64, 8, 8, 8, 8], 500, 300),
-        ([9], 100, 1000),
-        ([32], 128, 64),
-        ([256, 3], 777, 512),
-    )
-
-    def ceiling(ranks):
-        return min(c for c in (8, 16, 32, 64, 128, 256) if c >= max(ranks))
-
-    def pages(ranks, per_rank, page):
-        return sum(-(-rank * per_rank // page) for rank in ranks) * page
-
-    found = [tuple(float(x) for x in answer(list(ranks), per_rank, page)) for ranks, per_rank, page in tries]
-    wanted = [(len(r) * ceiling(r) * per, pages(r, per, page)) for r, per, page in tries]
-    if found == wanted:
-        return True, "slots pay the ceiling for everybody, pages at most one page too much for each."
-    slots_right = all(f[0] == w[0] for f, w in zip(found, wanted, strict=True))
-    pages_right = all(f[1] == w[1] for f, w in zip(found, wanted, strict=True))
-    if slots_right and not pages_right:
-        if all(f[1] == -(-sum(r) * per // page) * page for f, (r, per, page) in zip(found, tries, strict=True)):
-            return False, "slots are right; an adapter starts on a page of its own: round each one up, then add."
-        if all(f[1] == sum(r) * per for f, (r, per, page) in zip(found, tries, strict=True)):
-            return False, "slots are right; pages are taken whole: round each adapter up."
-        return False, "slots are right, pages not yet: whole pages for each adapter, in bytes."
-    if pages_right:
-        if all(f[0] == len(r) * max(r) * per for f, (r, per, page) in zip(found, tries, strict=True)):
-            return False, "pages are right; a ceiling is one of the listed ranks, not the largest adapter's own."
-        return False, "pages are right, slots not yet: every slot is as large as the ceiling."
-    return False, "both differ: slots pay the ceiling for each adapter, pages round each adapter up."
 
 
 # --- lesson 09 -------------------------------------------------------------------------------------------------------
@@ -1318,3 +1139,182 @@ def _memorised(answer):
         if bool(found) is not wanted:
             return False, f"{what}: {wanted} is wanted."
     return True, "rare by chance, however many canaries there are."
+
+
+# --- lesson 12 -------------------------------------------------------------------------------------------------------
+
+
+@register("12.1", "Give for each request the number that the service answers with.")
+def _what_to_answer(answer):
+    wanted = {"a": 200, "b": 429, "c": 422, "d": 401, "e": 503, "f": 503}
+    hints = {
+        "a": "nothing is wrong with it",
+        "b": "the client did nothing wrong, it should come again later",
+        "c": "a field that is not taken is refused, not ignored",
+        "d": "without a key nobody knows who asks, whatever a header says",
+        "e": "its time is over, and that was not the client's doing",
+        "f": "the fault is on the server's side, and nobody else's adapter may answer",
+    }
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    wrong = [f"{name} ({hints[name]})" for name in wanted if int(answer[name]) != wanted[name]]
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    return True, "4xx where the client has something to change or to wait for, 503 where the server could not."
+
+
+@register("12.2", "Write false_alarm(n, rate, limit), which returns the probability that one window fires.")
+def _false_alarm(answer):
+    windows = ((100, 0.95, 90), (50, 0.9, 40), (10, 0.5, 5), (300, 0.98, 285), (20, 0.99, 20))
+
+    def terms(n, rate, numbers):
+        return sum(math.comb(n, j) * rate**j * (1 - rate) ** (n - j) for j in numbers)
+
+    def same(formula):
+        return all(
+            math.isclose(x, formula(*w), rel_tol=1e-6, abs_tol=1e-12) for x, w in zip(found, windows, strict=True)
+        )
+
+    found = [float(answer(*window)) for window in windows]
+    if same(lambda n, rate, limit: terms(n, rate, range(limit))):
+        return True, "a binomial tail: one of ninety windows cries wolf at the checklist's threshold."
+    slips = (
+        (lambda n, r, k: terms(n, r, range(k + 1)), "at the limit itself the alarm is silent: fewer than limit."),
+        (lambda n, r, k: terms(n, r, range(k, n + 1)), "that is the probability that it stays silent."),
+        (lambda n, r, k: terms(n, 1 - r, range(k)), "rate is the probability of a right answer, not of a wrong one."),
+        (lambda n, r, k: terms(n, r, [k]), "that is exactly limit right answers: add up all that are fewer."),
+        (lambda n, r, k: terms(n, r, [k - 1]), "that is one number of right answers: add up all that are fewer."),
+    )
+    return False, next((text for slip, text in slips if same(slip)), "the values are others: add up the binomial.")
+
+
+@register("12.3", "Write room(ranks, per_rank, page), which returns the bytes with slots and the bytes with pages.")
+def _room_for_adapters(answer):
+    tries = (
+        ([16, 16, 4], 1000, 4096),
+        ([64, 8, 8, 8, 8], 500, 300),
+        ([9], 100, 1000),
+        ([32], 128, 64),
+        ([256, 3], 777, 512),
+    )
+
+    def ceiling(ranks):
+        return min(c for c in (8, 16, 32, 64, 128, 256) if c >= max(ranks))
+
+    def pages(ranks, per_rank, page):
+        return sum(-(-rank * per_rank // page) for rank in ranks) * page
+
+    found = [tuple(float(x) for x in answer(list(ranks), per_rank, page)) for ranks, per_rank, page in tries]
+    wanted = [(len(r) * ceiling(r) * per, pages(r, per, page)) for r, per, page in tries]
+    if found == wanted:
+        return True, "slots pay the ceiling for everybody, pages at most one page too much for each."
+    slots_right = all(f[0] == w[0] for f, w in zip(found, wanted, strict=True))
+    pages_right = all(f[1] == w[1] for f, w in zip(found, wanted, strict=True))
+    if slots_right and not pages_right:
+        if all(f[1] == -(-sum(r) * per // page) * page for f, (r, per, page) in zip(found, tries, strict=True)):
+            return False, "slots are right; an adapter starts on a page of its own: round each one up, then add."
+        if all(f[1] == sum(r) * per for f, (r, per, page) in zip(found, tries, strict=True)):
+            return False, "slots are right; pages are taken whole: round each adapter up."
+        return False, "slots are right, pages not yet: whole pages for each adapter, in bytes."
+    if pages_right:
+        if all(f[0] == len(r) * max(r) * per for f, (r, per, page) in zip(found, tries, strict=True)):
+            return False, "pages are right; a ceiling is one of the listed ranks, not the largest adapter's own."
+        return False, "pages are right, slots not yet: every slot is as large as the ceiling."
+    return False, "both differ: slots pay the ceiling for each adapter, pages round each adapter up."
+
+
+# --- lesson 14 -------------------------------------------------------------------------------------------------------
+
+
+@register("14.1", "Give the number of weights, the megabytes in 16 and in 32 bits, and a verdict of the rule.")
+def _size_of_a_file(answer):
+    n = 32 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    wanted = {"weights": n, "MB in 16 bits": 2 * n / 1e6, "MB in 32 bits": 4 * n / 1e6, "verdict": "imprecise"}
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+
+    def wrong(name):
+        if name == "verdict":
+            given = " ".join(str(answer[name]).lower().split())
+            return None if given == wanted[name] else "in how many of the two cases does the claim hold?"
+        given, right = float(answer[name]), wanted[name]
+        if abs(given - right) <= (0 if name == "weights" else 0.01 * right):
+            return None
+        if name == "weights":
+            slips = ((n / 32, "that is one block"), (n * 4096 / 14336, "the MLP is wider than the rest"))
+            slips += ((32 * 32 * (4 * 8192 + 3 * 18432), "key and value of this model are narrower than query"),)
+            slips += ((32 * 32 * 26624, "all linear layers: the MLP has three"), (n / 2, "is the rank 32?"))
+            return next(
+                (text for slip, text in slips if abs(given - slip) <= 0.001 * slip), "rank x (inputs + outputs)"
+            )
+        slips = ((right * 1e6, "in millions of bytes"), (right / 1.048576, "a megabyte is a million bytes here"))
+        slips += ((8 * right, "that is bits"), (right / 2, "16 bits are 2 bytes, 32 bits are 4"))
+        return next((text for slip, text in slips if abs(given - slip) <= 0.005 * slip), "weights times bytes a weight")
+
+    found = {name: text for name in wanted if (text := wrong(name))}
+    if found:
+        return False, "look again at " + "; ".join(f"{name} ({text})" for name, text in found.items()) + "."
+    return True, "right in 16 bits; PEFT writes 32 unless it is told otherwise."
+
+
+@register("14.2", "Give the upper limit in percent, and the least number of trials as a whole number.")
+def _nothing_happened(answer):
+    wanted = {"limit in percent": 100 * (1 - 0.05 ** (1 / 300)), "trials needed": 2995}
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    limit, trials = float(answer["limit in percent"]), float(answer["trials needed"])
+    wrong = []
+    if abs(limit - wanted["limit in percent"]) > 0.012:  # three over 300 is near enough
+        slips = ((0.0, "nothing seen is not nothing there"), (wanted["limit in percent"] / 100, "in percent, please"))
+        slips += ((100 / 300, "one over n is where a third of such runs would still pass"),)
+        text = next((t for slip, t in slips if abs(limit - slip) <= 1e-4), "solve (1 - p) to the power of 300 = 0.05")
+        wrong.append(f"limit in percent ({text})")
+    if not 2995 <= trials <= 3000:
+        slips = ((2994, "one trial short: round up"), (300, "that is what was tried"))
+        slips += ((1000, "a thousand trials expect one failure, and a third of such runs show none"),)
+        text = next((t for slip, t in slips if trials == slip), "solve (1 - 0.001) to the power of n = 0.05 for n")
+        wrong.append(f"trials needed ({text})")
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    return True, "ten times as many trials for a tenth of the rate."
+
+
+@register("14.3", 'Write `judge` so that it returns "correct" or "wrong" for each claim.')
+def _a_check_that_can_fail(answer):
+    def expected(p, k):
+        return sum(p**i for i in range(k + 1))
+
+    slips = (
+        (lambda p, k: p * k, "a draft after a refused one is lost, so accepted x drafted is too many"),
+        (lambda p, k: p * k + 1, "a draft after a refused one is lost, so accepted x drafted is too many"),
+        (lambda p, k: expected(p, k) - 1, "the pass itself adds a token"),
+        (lambda p, k: expected(p, k - 1), "count every draft, and the token of the pass"),
+        (lambda p, k: expected(p, k + 1), "one term too many"),
+    )
+    settings = ((0.8, 4), (0.6, 5), (0.95, 3), (0.5, 2))
+    claimed = [(expected(p, k) * off, p, k) for p, k in settings for off in (1.0, 1.015, 0.985, 1.03, 0.97)]
+    claimed += [(slip(p, k), p, k) for slip, _ in slips for p, k in settings] + [(4.0, 0.8, 4)]
+    tried = [(c, p, k, "correct" if abs(c / expected(p, k) - 1) <= 0.02 else "wrong") for c, p, k in claimed]
+    found = [" ".join(str(answer(c, p, k)).lower().split()) for c, p, k, _ in tried]
+    if not set(found) <= {"correct", "wrong"}:
+        return False, f'it returned {found[0]!r}; the words are "correct" and "wrong".'
+    if len(set(found)) == 1:
+        return False, f"it says {found[0]!r} of a claim and of its control: a check has to be able to fail."
+
+    def same(formula, tolerance=0.02):
+        def says(c, p, k):
+            return "correct" if abs(c - formula(p, k)) <= tolerance * formula(p, k) else "wrong"
+
+        return found == [says(c, p, k) for c, p, k, _ in tried]
+
+    if found == [right for *_, right in tried]:
+        return True, "it accepts the control and refuses the claim."
+    for slip, text in slips:
+        if same(slip):
+            return False, f"{text}."
+    if same(expected, 1e-9) or same(expected, 0.05) or same(expected, 0.01):
+        return False, "the number is right; 2 in 100 are allowed to both sides."
+    return False, "add up the chance that each draft and all before it are accepted, and one."
