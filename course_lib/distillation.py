@@ -125,6 +125,30 @@ def teacher_loss(student, batch: dict, beta: float = 0.0):
     return divergence(bucketed(judged_logits(student, batch), batch["teacher_ids"]), batch["teacher_log_p"], beta)
 
 
+def messages_alone(tokenizer, prompts: list[list[dict]], size: int) -> list[dict]:
+    """Chat messages without an answer, every one once, in batches of `size` of about the same length."""
+    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    encoded = sorted((tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts), key=len)
+    groups = [encoded[i : i + size] for i in range(0, len(encoded), size)]
+    return [training.collate([(ids, ids) for ids in group], tokenizer.pad_token_id) for group in groups]
+
+
+def hidden_loss(teacher, keep: list[int], student, batch: dict):
+    """Squared distance of the student's hidden states from those that the teacher has after the same layer, over the
+    squared length of the teacher's; the mean over tokens and layers. No label is read. `keep` as `cut` got it."""
+    import torch
+
+    inputs = {name: batch[name].to(student.device) for name in ("input_ids", "attention_mask")}
+    ask, real = {"use_cache": False, "output_hidden_states": True}, inputs["attention_mask"].bool()
+    with torch.no_grad(), training.autocast(teacher):
+        wanted = teacher.model(**inputs, **ask).hidden_states
+    distances = []
+    for place, theirs in zip(student.model(**inputs, **ask).hidden_states[1:], keep, strict=True):
+        ours, goal = place[real].float(), wanted[theirs + 1][real].float()
+        distances.append(((ours - goal) ** 2).sum(-1) / (goal**2).sum(-1))
+    return torch.stack(distances).mean()
+
+
 def train(student, batches: list[dict], loss, steps: int, learning_rate: float, seed: int = 0) -> list[float]:
     """Train on the batches, in random order, from the first again where they end; the loss by step.
 
@@ -152,6 +176,16 @@ def train(student, batches: list[dict], loss, steps: int, learning_rate: float, 
     student.eval()
     hardware.give_back_memory()
     return log
+
+
+def healed(teacher, tokenizer, prompts: list[list[dict]], depth: int, sizes, seed: int = 0):
+    """A student of `depth` layers, trained on the prompts alone until its layers fit together again: `sizes` says
+    `heal_steps`, `heal_rate` and `batch`."""
+    keep = kept_layers(depth, teacher.config.num_hidden_layers)
+    student = cut(teacher, keep)
+    loss = functools.partial(hidden_loss, teacher, keep)
+    train(student, messages_alone(tokenizer, prompts, sizes.batch), loss, sizes.heal_steps, sizes.heal_rate, seed)
+    return student
 
 
 def on_policy(student, teacher, tokenizer, prompts: list[list[dict]], steps: int, batch: int, rate: float, seed: int):
@@ -234,7 +268,7 @@ def _materials():
 def _piece(seed: int, knob: str, setting):
     teacher, tokenizer, sizes, gold, both, prompts = _materials()
     depth = setting if knob == "depth" else DEPTH
-    student = cut(teacher, kept_layers(depth, teacher.config.num_hidden_layers))
+    student = healed(teacher, tokenizer, prompts, depth, sizes, seed)
     rate = 0.0 if setting == "learning_rate_0" else sizes.learning_rate
     given, loss = both, teacher_loss
     if setting in ("gold", "sequence"):

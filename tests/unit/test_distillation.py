@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 
@@ -196,13 +198,62 @@ def test_reference_pieces_train_what_they_say(monkeypatch, tiny_model, tiny_toke
     from types import SimpleNamespace
 
     teacher = tiny_model().requires_grad_(False)
-    sizes = SimpleNamespace(steps=2, batch=3, learning_rate=1e-3)
+    sizes = SimpleNamespace(steps=2, batch=3, learning_rate=1e-3, heal_steps=1, heal_rate=2e-3)
     gold = distillation.batches(tiny_tokenizer, rows[:3], 3)
     both = [distillation.with_teacher(teacher, b, 8) for b in distillation.batches(tiny_tokenizer, rows, 3)]
     seen, train = [], distillation.train
-    monkeypatch.setattr(distillation, "_materials", lambda: (teacher, tiny_tokenizer, sizes, gold, both, []))
+    monkeypatch.setattr(distillation, "_materials", lambda: (teacher, tiny_tokenizer, sizes, gold, both, [rows[0]["prompt"]]))
     monkeypatch.setattr(distillation, "DEPTH", 2)
     monkeypatch.setattr(distillation, "train", lambda s, *args: seen.append(args) or train(s, *args))
     student = distillation._piece(0, knob, setting)
     assert student.config.num_hidden_layers == 2 and not student.training
-    assert seen[0][0] is (gold if setting == "gold" else both) and seen[0][3] == 1e-3
+    assert seen[0][2:4] == (1, 2e-3)  # the cut is healed first
+    assert seen[1][0] is (gold if setting == "gold" else both) and seen[1][3] == 1e-3
+
+
+# --- healing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(rows):
+    return [row["prompt"] for row in rows]
+
+
+def test_messages_alone_are_all_there_and_end_where_the_answer_begins(tiny_tokenizer, asked):
+    found = distillation.messages_alone(tiny_tokenizer, asked, 4)
+    assert [len(b["input_ids"]) for b in found] == [4, 2]
+    mine = [b["input_ids"][i][b["attention_mask"][i].bool()].tolist() for b in found for i in range(len(b["input_ids"]))]
+    heads = [tiny_tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in asked]
+    assert sorted(mine) == sorted(tiny_tokenizer(h, add_special_tokens=False)["input_ids"] for h in heads)
+
+
+def test_a_whole_copy_is_at_no_distance_and_a_cut_one_is(tiny_model, tiny_tokenizer, asked):
+    teacher = tiny_model().requires_grad_(False)
+    batch = distillation.messages_alone(tiny_tokenizer, asked, 4)[0]
+    assert distillation.hidden_loss(teacher, [0, 1], distillation.cut(teacher, [0, 1]), batch).item() == 0
+    assert distillation.hidden_loss(teacher, [1], distillation.cut(teacher, [1]), batch).item() > 0
+
+
+def test_the_distance_is_that_of_the_formula_and_padding_does_not_count(tiny_model, tiny_tokenizer, asked):
+    teacher, keep = tiny_model().requires_grad_(False), [0, 1]
+    student = distillation.cut(teacher, keep)
+    with torch.no_grad():
+        student.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        batch = distillation.messages_alone(tiny_tokenizer, asked, 6)[0]
+        assert not batch["attention_mask"].all()  # else padding is not tried
+        tokens = []
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            ask = {"input_ids": ids[mask.bool()][None], "output_hidden_states": True}
+            ours, goal = (model(**ask).hidden_states[1:] for model in (student, teacher))
+            pairs = zip(ours, goal, strict=True)
+            tokens.append(torch.stack([((a - b)[0] ** 2).sum(-1) / (b[0] ** 2).sum(-1) for a, b in pairs]).mean(0))
+        found = distillation.hidden_loss(teacher, keep, student, batch)
+    assert found.item() == pytest.approx(torch.cat(tokens).mean().item(), rel=1e-4)
+
+
+def test_healing_brings_a_cut_student_nearer(tiny_model, tiny_tokenizer, asked):
+    teacher, keep = tiny_model().requires_grad_(False), [1]
+    student = distillation.cut(teacher, keep)
+    loss = functools.partial(distillation.hidden_loss, teacher, keep)
+    log = distillation.train(student, distillation.messages_alone(tiny_tokenizer, asked, 6), loss, 20, 1e-2)
+    assert log[-1] < 0.8 * log[0]
