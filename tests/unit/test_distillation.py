@@ -201,8 +201,8 @@ def test_reference_pieces_train_what_they_say(monkeypatch, tiny_model, tiny_toke
     sizes = SimpleNamespace(steps=2, batch=3, learning_rate=1e-3, heal_steps=1, heal_rate=2e-3)
     gold = distillation.batches(tiny_tokenizer, rows[:3], 3)
     both = [distillation.with_teacher(teacher, b, 8) for b in distillation.batches(tiny_tokenizer, rows, 3)]
-    seen, train = [], distillation.train
-    monkeypatch.setattr(distillation, "_materials", lambda: (teacher, tiny_tokenizer, sizes, gold, both, [rows[0]["prompt"]]))
+    seen, train, materials = [], distillation.train, (teacher, tiny_tokenizer, sizes, gold, both, [rows[0]["prompt"]])
+    monkeypatch.setattr(distillation, "_materials", lambda: materials)
     monkeypatch.setattr(distillation, "DEPTH", 2)
     monkeypatch.setattr(distillation, "train", lambda s, *args: seen.append(args) or train(s, *args))
     student = distillation._piece(0, knob, setting)
@@ -222,7 +222,8 @@ def asked(rows):
 def test_messages_alone_are_all_there_and_end_where_the_answer_begins(tiny_tokenizer, asked):
     found = distillation.messages_alone(tiny_tokenizer, asked, 4)
     assert [len(b["input_ids"]) for b in found] == [4, 2]
-    mine = [b["input_ids"][i][b["attention_mask"][i].bool()].tolist() for b in found for i in range(len(b["input_ids"]))]
+    rows = [row for b in found for row in zip(b["input_ids"], b["attention_mask"], strict=True)]
+    mine = [ids[mask.bool()].tolist() for ids, mask in rows]
     heads = [tiny_tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in asked]
     assert sorted(mine) == sorted(tiny_tokenizer(h, add_special_tokens=False)["input_ids"] for h in heads)
 
