@@ -38,7 +38,9 @@ def train(rows: list[dict], s: SimpleNamespace, out: Path, model=None, tokenizer
     fixed |= {"fp16": False, "ddp_find_unused_parameters": False}
     trainer = recipes.sft_trainer(adapted, models.load_tokenizer(tokenizer or model), rows, share, s.seed, **fixed)
     trainer.train()
-    found = {"processes": processes, "losses": recipes.losses(trainer)}
+    # What was told by the environment proves nothing: each process gives a one, and their sum comes back.
+    counted = int(trainer.accelerator.reduce(torch.ones(1, device=trainer.accelerator.device)).item())
+    found = {"processes": counted, "losses": recipes.losses(trainer)}
     if trainer.accelerator.is_main_process:
         recipes.save(trainer.accelerator.unwrap_model(trainer.model), out / "adapter")
         write_json(out / "run.json", found)

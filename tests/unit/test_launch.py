@@ -55,3 +55,11 @@ def test_the_cause_is_named(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "arguments", lambda *_: ["--nonsense"])
     with pytest.raises(CourseError, match="error: .*nonsense"):
         launch.run(ROWS, SETTINGS, tmp_path, model=folder, seconds=60)
+
+
+@pytest.mark.slow
+def test_the_processes_are_counted_and_not_believed(folder, tmp_path, monkeypatch):
+    # What one would write first. It starts one process, whatever it is asked for: the count has to show it.
+    plain = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    monkeypatch.setattr(launch, "arguments", lambda *_: plain)
+    assert launch.run(ROWS[:4], SETTINGS, tmp_path, 2, model=folder, seconds=240)["processes"] == 1
