@@ -87,6 +87,7 @@ def run(
     from course_lib import hardware, profiles
 
     _share(settings["batch_size"], processes)
+    hardware.give_back_memory()  # each process needs a model's worth of it
     out = Path(out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     (out / "run.json").unlink(missing_ok=True)
