@@ -97,6 +97,8 @@ def run(
     script += [f"--out={out}"] + ([f"--model={model}"] if model else [])
     threads = str(max(1, hardware.cores() // processes))
     environment = os.environ | hardware.kernel_environment() | {"OMP_NUM_THREADS": threads, "GLOO_SOCKET_IFNAME": "lo"}
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        environment.pop(name, None)  # several models at once: these processes hand unused pages back, unlike a kernel
     environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "COURSE_DEVICE": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join([str(profiles.ROOT), os.environ.get("PYTHONPATH", "")])
     if sys.platform != "linux":
