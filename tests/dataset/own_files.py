@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 THINGS = (
     ("card", "my card", "the debit card", "the plastic card"),
@@ -32,6 +33,11 @@ WORDS = (
 )
 
 
+def words(text):
+    """What two texts are told apart by: their words and numbers, without case and punctuation."""
+    return tuple(re.findall(r"\w+", text.casefold()))
+
+
 def intents(n=10_000, seed=0):
     """`n` short questions of 77 intents, no two alike."""
     rng, found = random.Random(seed), {}
@@ -39,7 +45,7 @@ def intents(n=10_000, seed=0):
         thing, action = rng.choice(THINGS), rng.choice(ACTIONS)
         text = rng.choice(OPENINGS) + rng.choice(action[1:]).format(rng.choice(thing[1:])) + rng.choice(ENDINGS)
         text = text.format(rng.choice(WORDS)) + rng.choice(["", " " + rng.choice(WORDS), f" ({rng.randrange(100)})"])
-        found[text] = {"text": text, "target": f"{thing[0]}_{action[0]}"}
+        found[words(text)] = {"text": text, "target": f"{thing[0]}_{action[0]}"}
     return list(found.values())
 
 
@@ -57,7 +63,7 @@ def slots(n=2000, seed=0):
         )
         target = {"intent": "book", "slots": {"place": {"city": city}, "time": {"hour": hour}, "guests": guests}}
         target["slots"] |= {"name": name, "wishes": wishes}
-        found[text] = {"text": text, "target": target}
+        found[words(text)] = {"text": text, "target": target}
     return list(found.values())
 
 
