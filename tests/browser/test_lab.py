@@ -206,7 +206,13 @@ def test_run_all_cells(number, browser_path, lab, tmp_path):
             page.locator(".jp-NotebookPanel:visible .jp-Cell").nth(len(committed) - 1).wait_for(
                 state="attached", timeout=START_SECONDS * 1000
             )
-            # Clearing first makes sure that what is read below was made by this run.
+            # A reader who runs nothing sees the stored figures, drawings included.
+            wanted = [expected_figures(cell) for cell in committed if cell.cell_type == "code"]
+            deadline = time.monotonic() + 60
+            while fewer_figures(page.evaluate(READ_PAGE)["code"], wanted) and time.monotonic() < deadline:
+                page.wait_for_timeout(250)
+            assert fewer_figures(page.evaluate(READ_PAGE)["code"], wanted) == [], "before the first run"
+            # Clearing makes sure that what is read below was made by this run.
             menu(page, "Edit", "Clear Outputs of All Cells")
             assert not [cell for cell in page.evaluate(READ_PAGE)["code"] if cell["figures"] or cell["text"]]
             deadline = time.monotonic() + START_SECONDS
@@ -221,7 +227,6 @@ def test_run_all_cells(number, browser_path, lab, tmp_path):
                 prompts = [cell["prompt"] for cell in page.evaluate(READ_PAGE)["code"]]
                 pytest.fail(f"{name} did not end within {RUN_SECONDS} s; its code cells say {prompts}")
             # The last outputs, figures and formulas may still be on their way into the page.
-            wanted = [expected_figures(cell) for cell in committed if cell.cell_type == "code"]
             deadline = time.monotonic() + 60
             while True:
                 seen = page.evaluate(READ_PAGE)
@@ -239,17 +244,25 @@ def test_run_all_cells(number, browser_path, lab, tmp_path):
     assert counts == list(range(1, len(wanted) + 1)), "the saved notebook holds another run than the page"
 
 
+def fewer_figures(code, wanted):
+    """Which code cells of the page show fewer figures than the committed notebook."""
+    return [
+        f"code cell {count} shows {cell['figures']} figures, the committed notebook {figures}"
+        for count, (cell, figures) in enumerate(zip(code, wanted, strict=True), 1)
+        if cell["figures"] < figures
+    ]
+
+
 def problems(seen, committed, number, wanted):
     """What a learner would find wrong with the page after Run All Cells; ``wanted`` figures for each code cell."""
     code, found = seen["code"], []
     if len(code) != len(wanted):
         return [f"{len(code)} code cells in the page, {len(wanted)} in the notebook"]
-    for count, (cell, figures) in enumerate(zip(code, wanted, strict=True), 1):
+    found += fewer_figures(code, wanted)
+    for count, cell in enumerate(code, 1):
         found += [f"code cell {count} shows an error: {text[-500:]}" for text in cell["errors"]]
         if cell["prompt"].rstrip(":") != f"[{count}]":
             found.append(f"code cell {count} is marked {cell['prompt']!r}")
-        if cell["figures"] < figures:
-            found.append(f"code cell {count} shows {cell['figures']} figures, the committed notebook {figures}")
     if sum(wanted) < 3:
         found.append(f"the committed notebook has {sum(wanted)} figures in all")
 
