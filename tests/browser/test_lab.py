@@ -153,6 +153,7 @@ def expected_figures(cell):
 
 # What a learner can see: of each code cell its number, the figures that have really been drawn, text and errors.
 READ_PAGE = r"""() => {
+  const ERROR = /Traceback \(most recent call last\)|Cell In\[\d+\], line/;  // an error looks like any other red text
   const panel = document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden)');
   const seen = element => { const box = element.getBoundingClientRect(); return box.width > 20 && box.height > 20; };
   const drawn = image => seen(image) && (image.tagName !== 'IMG' || (image.complete && image.naturalWidth > 0));
@@ -163,7 +164,7 @@ READ_PAGE = r"""() => {
         prompt: (cell.querySelector('.jp-InputPrompt') || {textContent: ''}).textContent.trim(),
         figures: outputs.flatMap(o => [...o.querySelectorAll('img, :scope > svg')]).filter(drawn).length,
         text: outputs.map(o => o.innerText).join('\n'),
-        errors: outputs.filter(o => o.dataset.mimeType === 'application/vnd.jupyter.error').map(o => o.innerText),
+        errors: outputs.map(o => o.innerText).filter(text => ERROR.test(text)),
       };
     }),
     markdown: [...panel.querySelectorAll('.jp-Notebook .jp-MarkdownCell')].map(cell => ({
@@ -177,8 +178,9 @@ READ_PAGE = r"""() => {
 ENDED = r"""() => {
   const panel = document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden)');
   const prompts = [...panel.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent.trim());
-  const failed = panel.querySelector('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]');
-  return Boolean(failed) || (prompts.length > 0 && prompts.every(p => /^\[\d+\]:?$/.test(p)));
+  const ERROR = /Traceback \(most recent call last\)|Cell In\[\d+\], line/;
+  const failed = [...panel.querySelectorAll('.jp-CodeCell .jp-OutputArea-output')].some(o => ERROR.test(o.innerText));
+  return failed || (prompts.length > 0 && prompts.every(p => /^\[\d+\]:?$/.test(p)));
 }"""
 
 
