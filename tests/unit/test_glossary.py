@@ -47,7 +47,9 @@ def test_a_lesson_introduces_two_terms_or_more_and_uses_them(lesson):
     terms = [entry["term"] for entry in entries() if entry["number"] == number]
     assert len(terms) >= 2, f"GLOSSARY.md has {terms} of lesson {number}: add rows for the terms that it introduces"
     for term in terms:
-        assert re.search(rf"(?<!\w){re.escape(term.lower())}", text), f"{term!r} is nowhere in lesson {number}"
+        assert re.search(rf"(?<!\w){re.escape(term.lower())}(?:s|es)?(?!\w)", text), (
+            f"{term!r} is nowhere in lesson {number}"
+        )
 
 
 def test_notation_names_lessons_that_exist():
@@ -58,6 +60,16 @@ def test_notation_names_lessons_that_exist():
         assert len(row) == 4, row
         numbers = re.findall(r"\d\d", row[3])
         assert numbers and set(numbers) <= known, row
+
+
+def test_names_of_the_notation_stand_in_the_code():
+    for line in table("Notation"):
+        symbol, names, _, numbers = (part.strip() for part in line.strip("|").split("|"))
+        lessons = [profiles.lesson(number) for number in re.findall(r"\d\d", numbers)]
+        cells = [cell for lesson in lessons for cell in index.read(index.notebook_path(lesson)).cells]
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        for name in re.findall(r"`([^`]+)`", names):
+            assert re.search(rf"\b{name}\b", code), f"{symbol}: {name} is in no code of lessons {numbers}"
 
 
 def test_the_glossary_is_reachable():
