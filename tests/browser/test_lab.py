@@ -186,7 +186,7 @@ ENDED = r"""() => {
 
 @pytest.mark.browser
 @pytest.mark.slow
-@pytest.mark.timeout(START_SECONDS + RUN_SECONDS + 180)
+@pytest.mark.timeout(5 * START_SECONDS + RUN_SECONDS)
 @pytest.mark.parametrize("number", ["00", "04"])
 def test_run_all_cells(number, browser_path, lab, tmp_path):
     from playwright.sync_api import TimeoutError as PlaywrightTimeout
