@@ -224,10 +224,10 @@ def exercises(nb, lesson):
     number, where = lesson["id"].split("_")[0], f"notebooks/{lesson['id']}.ipynb"
     zones, zone = {}, None
     for i, cell in enumerate(nb.cells, 1):
-        heading = re.match(r"#{1,4}\s(.*)", cell.source) if cell.cell_type == "markdown" else None
-        if heading:
-            name = re.search(rf"\b{number}\.\d+\b", heading.group(1))
-            zone = zones.setdefault(name.group(), [i, "", set()]) if name else None
+        if cell.cell_type == "markdown" and re.match(r"#{1,4}\s", cell.source):
+            # The first exercise may stand beneath the section's heading, in one cell with it.
+            name = re.search(rf"(?m)^#{{1,4}}\s.*?\b({number}\.\d+)\b", cell.source)
+            zone = zones.setdefault(name.group(1), [i, "", set()]) if name else None
         if zone and cell.cell_type == "markdown":
             zone[1] += "\n" + cell.source.lower()
         if zone and cell.cell_type == "code":

@@ -146,6 +146,13 @@ BAD = {
     "dead link": (change(5, source="See [there](13_gone.ipynb#part)."), "cell 5: links to 13_gone.ipynb#part"),
     "next lesson": (change(15, source="## Recap\n## Sources\n"), "'Where next' does not link the next lesson"),
     "no exercise": (change(11, source="### Task"), "1 exercises, wanted 2 to 4"),
+    "no check beneath the section's heading": (
+        lambda nb: (
+            change(11, source="## Exercises\n\n" + EXERCISE.format(1))(nb),
+            change(12, source="answer = 3")(nb),
+        ),
+        'cell 11: exercise 01.1 lacks check("01.1", ...)',
+    ),
     "no check": (change(12, source="answer = 3"), 'cell 11: exercise 01.1 lacks check("01.1", ...)'),
     "no time box": (change(11, source=EXERCISE.format(1).replace("5 minutes", "soon")), "lacks a time box"),
     "no hint": (change(11, source=EXERCISE.format(1).replace("Hint", "Aside")), "lacks a hint in <details>"),
