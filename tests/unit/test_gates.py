@@ -231,6 +231,15 @@ def test_numbers_that_nothing_shows(text, claims):
     assert [problem.split(": ", 1)[1].split(" is in no")[0] for problem in found] == claims
 
 
+def test_a_lesson_may_have_parameters_of_its_own():
+    cells = gates.generated_cells({**START, "parameters": ["dataset"]})
+    assert cells[2].source == 'profile = "auto"\nseed = 0\nout_dir = None\ndataset = None'
+    nb = new_notebook(cells=gates.generated_cells(START))
+    problems = index.generated(nb, {**START, "parameters": ["dataset"]})
+    assert any("the parameters cell differs" in text for text in problems)
+    assert not index.generated(new_notebook(cells=cells), {**START, "parameters": ["dataset"]})
+
+
 def test_generated_cells_say_what_course_toml_says(checkout, monkeypatch):
     title, bootstrap, parameters, preflight, finish = gates.generated_cells(FIRST)
     assert title.source.startswith("# 01 The decision ladder\n\nMost tasks") and "colab" not in title.source
