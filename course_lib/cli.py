@@ -164,7 +164,10 @@ def lab(args):
     from course_lib import profiles, runner
 
     work = Path(args.dir or profiles.ROOT / "work").absolute()
-    for name in working_copy(profiles.ROOT / "notebooks", work):
+    new = working_copy(profiles.ROOT / "notebooks", work)
+    trust([work / name for name in new if name.endswith(".ipynb")])
+    new += glossary_copy(profiles.ROOT / "GLOSSARY.md", work)
+    for name in new:
         print(f"copied {name}")
     print(f"Your working copy is {work}. Nothing overwrites it; delete a file there to get the course's version again.")
     print("JupyterLab's address follows (it also opens by itself); stop it with Ctrl-C.", flush=True)
@@ -196,6 +199,30 @@ def working_copy(source, work):
         cure = "Choose another place: course lab --dir DIR."
         raise CourseError(f"Cannot write {work} ({error.strerror}). {cure}") from error
     return new
+
+
+def glossary_copy(source, work):
+    """The glossary beside the working copies, with its links made to fit; written once, like they are."""
+    target = work / source.name
+    if target.exists() or not source.exists():
+        return []
+    target.write_text(source.read_text(encoding="utf-8").replace("](notebooks/", "]("), encoding="utf-8")
+    return [source.name]
+
+
+def trust(notebooks):
+    """Sign the course's own notebooks: JupyterLab hides the stored drawings (SVG) of one that it does not trust."""
+    import sqlite3
+
+    import nbformat
+    from nbformat.sign import NotebookNotary
+
+    try:
+        notary = NotebookNotary()
+        for path in notebooks:
+            notary.sign(nbformat.read(path, as_version=4))
+    except (OSError, ValueError, sqlite3.Error) as error:  # a home that cannot be written, a damaged notebook
+        print(f"note: the notebooks could not be signed ({error}); their drawings appear once their cells have run")
 
 
 def clean(args):

@@ -1224,6 +1224,67 @@ def _room_for_adapters(answer):
     return False, "both differ: slots pay the ceiling for each adapter, pages round each adapter up."
 
 
+# --- lesson 13 -------------------------------------------------------------------------------------------------------
+
+
+@register("13.1", 'Give for each line "sound", "impossible" or "unsupported".')
+def _faults_of_a_card(answer):
+    wanted = {"a": "impossible", "b": "unsupported", "c": "unsupported", "d": "impossible", "e": "sound"}
+    hints = {
+        "a": "how much is one problem of 164?",
+        "b": "zero failures in 10,000 leave room for some",
+        "c": "compare the difference with the standard error of a share of 14,042",
+        "d": "add 85 and 15",
+        "e": "whole numbers, a test set, the same records: what is missing?",
+    }
+    dots = _untouched(answer, wanted)
+    if dots:
+        return None, "" if len(dots) == len(wanted) else f"{', '.join(dots)} still to be filled in."
+    given = {name: str(word).strip().lower() for name, word in answer.items()}
+    wrong = [f"{name} ({hints[name]})" for name in wanted if given[name] != wanted[name]]
+    if wrong:
+        return False, "look again at " + "; ".join(wrong) + "."
+    return True, "two lines cannot be, two claim more than was measured, one can be signed."
+
+
+@register("13.2", "Write whole_batch(reports) so that it returns the loss of the whole batch.")
+def _loss_of_the_whole_batch(answer):
+    cases = [[(2.0, 2), (0.5, 8)], [(1.0, 5)], [(3.0, 1), (1.0, 3), (0.0, 4)], [(0.0, 0), (1.5, 10)]]
+    for reports in cases:
+        sums = sum(loss * tokens for loss, tokens in reports)
+        wanted, got = sums / sum(tokens for _, tokens in reports), float(answer(list(reports)))
+        if math.isclose(got, sum(loss for loss, _ in reports) / len(reports)) and not math.isclose(got, wanted):
+            why = "a process with few tokens counts as much as one with many"
+            return False, f"for {reports} that is the mean of the means: {why}."
+        if math.isclose(got, sums) and not math.isclose(got, wanted):
+            return False, f"for {reports} that is the sum: divide by the tokens of all processes."
+        if not math.isclose(got, wanted, rel_tol=1e-6, abs_tol=1e-9):
+            return False, f"for {reports} it should be {wanted:.4f}, not {got:.4f}."
+    return True, "every token counts once, wherever it was read."
+
+
+@register("13.3", "Write gpus_needed(parameters, way, gigabytes): the smallest number of GPUs, or None.")
+def _gpus_that_are_needed(answer):
+    stays = {"DDP": 16, "ZeRO-1": 4, "ZeRO-2": 2, "ZeRO-3": 0}  # bytes for each parameter, on every GPU
+    cases = [(1e9, 16), (8e9, 80), (8e9, 128), (8e9, 40), (7e9, 28), (70e9, 80), (13e9, 24), (135e6, 16), (1e9, 4)]
+    for parameters, gigabytes in cases:
+        for way, fixed in stays.items():
+            have, part = gigabytes * 1e9 - fixed * parameters, (16 - fixed) * parameters
+            fits = have > 0 or (have == 0 and part == 0)
+            wanted = (max(1, math.ceil(part / have)) if part else 1) if fits else None
+            got = answer(parameters, way, gigabytes)
+            if got == wanted and not isinstance(got, bool):
+                continue
+            case = f"{parameters / 1e9:g}B parameters, {way}, {gigabytes} GB: "
+            if wanted is None:
+                stay = f"{fixed * parameters / 1e9:g} GB stay on each GPU"
+                return False, case + f"no number is enough, since {stay}; not {got}."
+            if got is None:
+                return False, case + f"{wanted} would be enough."
+            return False, case + f"{wanted}, not {got}."
+    return True, "what is not sharded has to fit on one GPU, and no number of them changes that."
+
+
 # --- lesson 14 -------------------------------------------------------------------------------------------------------
 
 

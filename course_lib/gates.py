@@ -183,7 +183,40 @@ def captions(nb, lesson):
         if (drawing or has_figure(cell)) and not caption(nb.cells, i) and "**Figure" not in cell.source:
             cure = "put a markdown cell beneath it that begins with **Figure and says what to look at"
             problems.append(at(lesson, i + 1, f"figure without a caption; {cure}"))
+    heads = [(i, cell.source) for i, cell in numbered(nb, "markdown") if cell.source.startswith("**Figure")]
+    for count, (i, text) in enumerate(heads, 1):
+        if not re.match(rf"\*\*Figure {count}\. [^*]+[.?]\*\* ", text):
+            problems.append(
+                at(lesson, i, f"caption {text[:24]!r}, wanted **Figure {count}. Title.** and where to look")
+            )
     return problems
+
+
+def links(nb, lesson):
+    """A link leads to a lesson of the index, or to a file as seen from the notebook's folder."""
+    folder, problems = notebook_path(lesson).parent, []
+    lessons = {f"{other['id']}.ipynb" for other in profiles.lessons()}
+    for i, cell in numbered(nb, "markdown"):
+        if is_generated(cell):
+            continue
+        prose = re.sub(r"(?ms)^```.*?^```|`[^`\n]+`|\$[^$\n]+\$", " ", cell.source)
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+            path = target.partition("#")[0]
+            inside = path and path not in lessons and not re.match(r"[a-z]+:", target)
+            if inside and not (folder / path).exists():
+                problems.append(at(lesson, i, f"links to {target}, which does not exist; mend the link"))
+    return problems
+
+
+def where_next(nb, lesson):
+    """The last section before the sources names the lesson that follows in the index, with a link."""
+    ids = [other["id"] for other in profiles.lessons()]
+    later = ids[ids.index(lesson["id"]) + 1 :][:1] if lesson["id"] in ids else []
+    text = "\n".join(cell.source for _, cell in numbered(nb, "markdown")).partition("## Where next")[2]
+    if later and f"]({later[0]}.ipynb)" not in text.partition("\n## ")[0]:
+        cure = f"add a line with [...]({later[0]}.ipynb)"
+        return [f"notebooks/{lesson['id']}.ipynb: 'Where next' does not link the next lesson; {cure}"]
+    return []
 
 
 def exercises(nb, lesson):
@@ -191,10 +224,10 @@ def exercises(nb, lesson):
     number, where = lesson["id"].split("_")[0], f"notebooks/{lesson['id']}.ipynb"
     zones, zone = {}, None
     for i, cell in enumerate(nb.cells, 1):
-        heading = re.match(r"#{1,4}\s(.*)", cell.source) if cell.cell_type == "markdown" else None
-        if heading:
-            name = re.search(rf"\b{number}\.\d+\b", heading.group(1))
-            zone = zones.setdefault(name.group(), [i, "", set()]) if name else None
+        if cell.cell_type == "markdown" and re.match(r"#{1,4}\s", cell.source):
+            # The first exercise may stand beneath the section's heading, in one cell with it.
+            name = re.search(rf"(?m)^#{{1,4}}\s.*?\b({number}\.\d+)\b", cell.source)
+            zone = zones.setdefault(name.group(1), [i, "", set()]) if name else None
         if zone and cell.cell_type == "markdown":
             zone[1] += "\n" + cell.source.lower()
         if zone and cell.cell_type == "code":
@@ -312,7 +345,21 @@ def numbers(nb, lesson):
     return problems
 
 
-GATES = (notebook_format, generated, outputs, traces, stale, shape, captions, exercises, headings, metrics, numbers)
+GATES = (
+    notebook_format,
+    generated,
+    outputs,
+    traces,
+    stale,
+    shape,
+    captions,
+    links,
+    where_next,
+    exercises,
+    headings,
+    metrics,
+    numbers,
+)
 
 
 def static_gates():

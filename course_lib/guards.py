@@ -208,7 +208,7 @@ def require_no_hidden_system(messages, tokenizer) -> None:
     added = text[: text.index(messages[0]["content"])]
     if "system" in added:
         raise GuardError(
-            f"the chat template adds {added.count(' ') + 1} words of its own: {added[:70]!r}. Give a system message, "
+            f"the chat template adds {len(added.split())} words of its own: {added[:70]!r}. Give a system message, "
             "and the same one in training and in use."
         )
 

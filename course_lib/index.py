@@ -159,7 +159,9 @@ def generated_cells(lesson):
     sources = {
         "title": _title(lesson),
         "bootstrap": BOOTSTRAP.format(url=url),
-        "parameters": 'profile = "auto"\nseed = 0\nout_dir = None',
+        # beside the three that every lesson has: the names of a lesson's own, which are None unless given
+        "parameters": 'profile = "auto"\nseed = 0\nout_dir = None'
+        + "".join(f"\n{name} = None" for name in lesson.get("parameters", ())),
         "preflight": f"from course_lib import start\n\n{start}",
         "finish": "from course_lib import finish\n\nfinish()",
     }

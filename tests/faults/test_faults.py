@@ -305,7 +305,7 @@ print("loss", recipes.losses(trainer)[0][1])
 
 def test_memory_settings_that_somebody_has_made_already_stay(course):
     small = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-    settings = "import os\nprint({k: v for k, v in os.environ.items() if k.startswith('MALLOC_')})"
+    settings = "import os\nprint({k: v for k, v in sorted(os.environ.items()) if k.startswith('MALLOC_')})"
     course.add("01_measures", settings, MEASURE % "01_measures")
     code, said = course.run("run", "--profile", "ci", "--out", course.out, **small)
     assert code == 0 and str(small) in course.shown("01_measures"), said

@@ -196,7 +196,8 @@ def test_memory(root, capsys):
     assert cli.main(["memory", "--rank", "0"]) == 2
 
 
-def test_lab_keeps_a_learners_files(root, stand_in, monkeypatch, capsys):
+def test_lab_keeps_a_learners_files(root, stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     stand_in("runner", kernel_environment=lambda: {"MALLOC_TRIM_THRESHOLD_": "1"})
     started = []
     monkeypatch.setattr(os, "execve", lambda *call: started.append(call))
@@ -228,6 +229,31 @@ def test_lab_keeps_a_learners_files(root, stand_in, monkeypatch, capsys):
     (root / "file").write_text("")
     assert cli.main(["lab", "--dir", str(root / "file")]) == 2
     assert "--dir DIR" in capsys.readouterr().err
+
+
+def test_lab_signs_its_copies_and_brings_the_glossary(root, stand_in, tmp_path, monkeypatch):
+    import nbformat
+    from nbformat.sign import NotebookNotary
+
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+    stand_in("runner", kernel_environment=lambda: {})
+    monkeypatch.setattr(os, "execve", lambda *call: None)
+    cell = nbformat.v4.new_code_cell("x", outputs=[nbformat.v4.new_output("display_data", {"image/svg+xml": "<svg/>"})])
+    course, work = root / "notebooks" / "00_start_here.ipynb", root / "work"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), course)
+    (root / "GLOSSARY.md").write_text("| token | [00](notebooks/00_start_here.ipynb) |")
+    assert cli.main(["lab"]) == 0
+    copy = nbformat.read(work / course.name, as_version=4)
+    assert NotebookNotary().check_signature(copy)
+    copy.cells[0].outputs[0].data["image/svg+xml"] = "<svg>mine</svg>"
+    assert not NotebookNotary().check_signature(copy)
+    assert (work / "GLOSSARY.md").read_text() == "| token | [00](00_start_here.ipynb) |"
+
+    (work / "GLOSSARY.md").write_text("my notes")
+    nbformat.write(copy, work / course.name)
+    assert cli.main(["lab"]) == 0
+    assert (work / "GLOSSARY.md").read_text() == "my notes"
+    assert not NotebookNotary().check_signature(copy)  # what a learner changed is not signed for them
 
 
 def test_clean_removes_runs_and_nothing_else(root, tmp_path, stand_in, capsys, monkeypatch):

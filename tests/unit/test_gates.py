@@ -62,14 +62,15 @@ def good():
         new_code_cell('for rung in rungs:\n    record(f"rung_{rung}_exact_match", 0.6213)', outputs=said("0.6213\n")),
         new_markdown_cell("It solves 62 % of them, or 0.62 of all, which is 95 % interval talk."),
         new_code_cell('record("stop_rung", "lora")\nplt.show()', outputs=said("stop_rung lora\n") + figure),
-        new_markdown_cell("**Figure 1.** Look at the last bar."),
+        new_markdown_cell("**Figure 1. The rungs.** Look at the last bar."),
         new_markdown_cell("## What you should see\nThe same."),
         new_markdown_cell(EXERCISE.format(1)),
         new_code_cell('answer = ...\ncheck("01.1", answer)', outputs=said("expected: a number\n")),
         new_markdown_cell(EXERCISE.format(2)),
         new_code_cell('check("01.2", None)', outputs=said("expected: a word\n")),
         new_markdown_cell(
-            "## Recap\nFive lines.\n\n## Sources\n- [a paper](https://example.org/2106.09685), 3.1 % there"
+            "## Recap\nFive lines.\n\n## Where next\n[Lesson 02](02_training_data.ipynb), "
+            "[the data](../README.md#course)\n\n## Sources\n- [a paper](https://example.org/2106.09685), 3.1 % there"
         ),
     ]
     cells = gates.generated_cells(FIRST)
@@ -105,7 +106,7 @@ def add_output(number, output):
 
 
 def prose(text):
-    return change(9, source="**Figure 1.** " + text)
+    return change(9, source="**Figure 1. The rungs.** " + text)
 
 
 BAD = {
@@ -139,7 +140,19 @@ BAD = {
     "first cell": (lambda nb: nb.cells.pop(4), "cell 5: code without a sentence"),
     "no caption": (change(9, source="Look at it."), "cell 8: figure without a caption"),
     "drawing": (change(5, source="A picture:\n![a](figures/a.svg)"), "cell 5: figure without a caption"),
+    "caption without a number": (change(9, source="**Figure.** Look."), "cell 9: caption '**Figure.** Look.', wanted"),
+    "caption without a title": (change(9, source="**Figure 1.** Look."), "wanted **Figure 1. Title.**"),
+    "wrong number": (change(9, source="**Figure 2. The rungs.** Look."), "wanted **Figure 1. Title.**"),
+    "dead link": (change(5, source="See [there](13_gone.ipynb#part)."), "cell 5: links to 13_gone.ipynb#part"),
+    "next lesson": (change(15, source="## Recap\n## Sources\n"), "'Where next' does not link the next lesson"),
     "no exercise": (change(11, source="### Task"), "1 exercises, wanted 2 to 4"),
+    "no check beneath the section's heading": (
+        lambda nb: (
+            change(11, source="## Exercises\n\n" + EXERCISE.format(1))(nb),
+            change(12, source="answer = 3")(nb),
+        ),
+        'cell 11: exercise 01.1 lacks check("01.1", ...)',
+    ),
     "no check": (change(12, source="answer = 3"), 'cell 11: exercise 01.1 lacks check("01.1", ...)'),
     "no time box": (change(11, source=EXERCISE.format(1).replace("5 minutes", "soon")), "lacks a time box"),
     "no hint": (change(11, source=EXERCISE.format(1).replace("Hint", "Aside")), "lacks a hint in <details>"),
@@ -216,6 +229,15 @@ def test_numbers_that_nothing_shows(text, claims):
     nb = new_notebook(cells=[new_code_cell("x", outputs=said(PRINTED)), new_markdown_cell(text)])
     found = gates.numbers(nb, FIRST)
     assert [problem.split(": ", 1)[1].split(" is in no")[0] for problem in found] == claims
+
+
+def test_a_lesson_may_have_parameters_of_its_own():
+    cells = gates.generated_cells({**START, "parameters": ["dataset"]})
+    assert cells[2].source == 'profile = "auto"\nseed = 0\nout_dir = None\ndataset = None'
+    nb = new_notebook(cells=gates.generated_cells(START))
+    problems = index.generated(nb, {**START, "parameters": ["dataset"]})
+    assert any("the parameters cell differs" in text for text in problems)
+    assert not index.generated(new_notebook(cells=cells), {**START, "parameters": ["dataset"]})
 
 
 def test_generated_cells_say_what_course_toml_says(checkout, monkeypatch):

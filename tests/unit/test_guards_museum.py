@@ -126,8 +126,8 @@ def test_a_system_prompt_that_nobody_wrote(tiny_tokenizer):
     alone = CHAT[1:]
     guards.require_no_hidden_system(alone, tiny_tokenizer)
     plain = tiny_tokenizer.chat_template
-    tiny_tokenizer.chat_template = "{% if messages[0]['role'] != 'system' %}system: Be kind. {% endif %}" + plain
-    with pytest.raises(guards.GuardError, match="adds .* words of its own: 'system: Be kind.*Give a system message"):
+    tiny_tokenizer.chat_template = "{% if messages[0]['role'] != 'system' %}system:\nBe kind. {% endif %}" + plain
+    with pytest.raises(guards.GuardError, match="adds 4 words of its own: 'system:.*Be kind.*Give a system message"):
         guards.require_no_hidden_system(alone, tiny_tokenizer)
     guards.require_no_hidden_system(CHAT, tiny_tokenizer)
 

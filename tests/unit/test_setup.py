@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -180,3 +181,31 @@ def test_continuous_integration_runs_the_suite():
         assert "secrets." not in str(workflow) and workflow["permissions"] == {"contents": "read"}
     versions = re.findall(r'"(3\.\d+)"', (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
     assert versions == ["3.11", "3.12", "3.13"]
+
+
+SHOWS_ITS_CORES = """
+import os
+from course_lib import hardware
+
+def test_cores():
+    print("cores", sorted(os.sched_getaffinity(0)), "threads", os.environ["OMP_NUM_THREADS"], hardware.cores())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not bind a process to cores")
+def test_workers_share_the_cores(tmp_path):
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    for name in ("test_a.py", "test_b.py"):
+        (tmp_path / name).write_text(SHOWS_ITS_CORES, encoding="utf-8")
+    run = [sys.executable, "-m", "pytest", "-rP", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile", "."]
+    given = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS" and not k.startswith("PYTEST_")}
+    given["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(run, cwd=tmp_path, env=given, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = set(re.findall(r"cores \[([\d, ]+)\] threads (\d+) (\d+)", ended.stdout))
+    assert found, ended.stdout
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [{int(core) for core in part.split(",")} for part, _, _ in found]
+    assert all(int(threads) == int(seen) == len(part.split(",")) for part, threads, seen in found)
+    if len(cores) > 1:
+        assert len(shares) == 2 and not shares[0] & shares[1] and shares[0] | shares[1] == set(cores)
