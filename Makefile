@@ -30,7 +30,7 @@ course: model ## run every lesson (or LESSON=..) and write the report
 
 # Two files at a time: most of a lesson, and nearly all of a unit test, runs on one core. A file's own tests keep their order.
 test: model ## run the whole test suite, every notebook in profile ci included
-	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-unsloth: model ## lesson 05 through unsloth's CPU back end, in an environment of its own
 	@$(PY) tests/with_unsloth/environment.py "$(UNSLOTH_VENV)"

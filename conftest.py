@@ -7,8 +7,11 @@ Whatever the caller has set already wins.
 import os
 import tempfile
 
-from course_lib.hardware import kernel_environment
+import pytest
 
+from course_lib.hardware import cores, kernel_environment
+
+_TWO_LESSONS = 10e9  # bytes: what lessons of profile ci, two at a time, and their tests were seen to take at most
 _out = None
 
 
@@ -17,11 +20,19 @@ def _own_cores(config):
     given = getattr(config, "workerinput", None)
     if given is None or not hasattr(os, "sched_setaffinity"):
         return
-    cores = sorted(os.sched_getaffinity(0))
-    mine = cores[int(given["workerid"].removeprefix("gw")) :: given["workercount"]] or cores
+    everyones = sorted(os.sched_getaffinity(0))
+    mine = everyones[int(given["workerid"].removeprefix("gw")) :: given["workercount"]] or everyones
     os.sched_setaffinity(0, mine)
-    if os.environ.get("OMP_NUM_THREADS") == str(len(cores)):  # the default, which the first process has set
+    if os.environ.get("OMP_NUM_THREADS") == str(len(everyones)):  # the default, which the first process has set
         os.environ["OMP_NUM_THREADS"] = str(len(mine))
+
+
+@pytest.hookimpl(optionalhook=True)  # xdist may be missing, as where only the tests of Colab run
+def pytest_xdist_auto_num_workers(config):
+    """Two where two lessons at once have room, else one file after another."""
+    import psutil
+
+    return 2 if cores() > 1 and psutil.virtual_memory().available > _TWO_LESSONS else 0
 
 
 def pytest_configure(config):

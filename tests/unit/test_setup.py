@@ -209,3 +209,16 @@ def test_workers_share_the_cores(tmp_path):
     assert all(int(threads) == int(seen) == len(part.split(",")) for part, threads, seen in found)
     if len(cores) > 1:
         assert len(shares) == 2 and not shares[0] & shares[1] and shares[0] | shares[1] == set(cores)
+
+
+@pytest.mark.parametrize(("cores", "free", "workers"), [(2, 16e9, 2), (8, 64e9, 2), (1, 16e9, 0), (2, 7e9, 0)])
+def test_two_files_at_a_time_need_two_cores_and_memory(monkeypatch, cores, free, workers):
+    import runpy
+    from types import SimpleNamespace
+
+    import psutil
+
+    settings = runpy.run_path(str(ROOT / "conftest.py"))["pytest_xdist_auto_num_workers"]
+    monkeypatch.setitem(settings.__globals__, "cores", lambda: cores)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert settings(None) == workers
