@@ -203,10 +203,12 @@ def working_copy(source, work):
 
 def glossary_copy(source, work):
     """The glossary beside the working copies, with its links made to fit; written once, like they are."""
+    from course_lib.results import write_text
+
     target = work / source.name
     if target.exists() or not source.exists():
         return []
-    target.write_text(source.read_text(encoding="utf-8").replace("](notebooks/", "]("), encoding="utf-8")
+    write_text(target, source.read_text(encoding="utf-8").replace("](notebooks/", "]("))
     return [source.name]
 
 
