@@ -199,13 +199,16 @@ class Watch(threading.Thread):
     def _measure(self):
         import psutil
 
-        pid, used = getattr(getattr(self.kernel, "provisioner", None), "pid", None), 0
+        pid, found = getattr(getattr(self.kernel, "provisioner", None), "pid", None), []
         with contextlib.suppress(psutil.Error):
             if pid:
                 self.family |= {psutil.Process(pid), *psutil.Process(pid).children(recursive=True)}
         for process in self.family:
             with contextlib.suppress(psutil.Error):
-                used += process.memory_info().rss
+                memory = process.memory_info()
+                found.append((memory.rss, getattr(memory, "shared", 0)))  # shared: on Linux, the pages that are files'
+        # A kernel and its children map the same libraries and weights: these pages are in memory once.
+        used = sum(rss - shared for rss, shared in found) + max((shared for _, shared in found), default=0)
         self.peak, self.free = max(self.peak, used), min(self.free, psutil.virtual_memory().available)
 
     def _elapsed(self):

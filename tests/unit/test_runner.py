@@ -417,3 +417,14 @@ def test_a_bare_import_of_the_library_reaches_every_module(course, library):
     before = now(course)
     (library / "costs.py").write_text("x = 5\n")
     assert now(course) != before
+
+
+def test_pages_of_shared_files_count_once():
+    def process(**megabytes):
+        pages = types.SimpleNamespace(**{kind: size * 2**20 for kind, size in megabytes.items()})
+        return types.SimpleNamespace(memory_info=lambda: pages)
+
+    watch = runner.Watch("04_lora", 1, None)
+    watch.family = [process(rss=3000, shared=1000), process(rss=2000, shared=900), process(rss=50)]
+    watch._measure()
+    assert watch.peak == (2000 + 1100 + 50 + 1000) * 2**20
