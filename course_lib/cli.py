@@ -372,36 +372,48 @@ def parser():
     def check_or_write(sub):
         choice = sub.add_mutually_exclusive_group(required=True)
         choice.add_argument("--check", action="store_true", help="say what differs; exit code 1 if anything does")
-        choice.add_argument("--write", action="store_true", help="write it")
+        choice.add_argument("--write", action="store_true", help="write what differs")
 
     add(doctor, "say what this machine can run, and what is in the way")
 
     sub = add(run, "run lessons and write a report", "run", "run 01 --profile ci", 'run --out "my runs/today" --resume')
     sub.add_argument("lessons", nargs="*", metavar="LESSON", help="number or id, such as 01; all where none is named")
     sub.add_argument("--profile", default="auto", help="ci, cpu, full or t4 (default: what this machine suggests)")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=0, help="where random draws start (default: 0)")
     sub.add_argument("--out", metavar="DIR", help="folder of this run (default: runs/PROFILE, or COURSE_OUT/PROFILE)")
     sub.add_argument("--resume", action="store_true", help="skip lessons that passed and whose inputs have not changed")
     sub.add_argument("--timeout", type=_minutes, metavar="MINUTES", help="per lesson (default: 12 times the expected)")
 
-    for function, text in ((results, "show each metric and its band"), (report, "write report/index.html")):
+    for function, text in (
+        (results, "show each metric of a run and its band"),
+        (report, "write a run's report/index.html"),
+    ):
         sub = add(function, text, function.__name__, f"{function.__name__} runs/cpu")
         sub.add_argument("dir", nargs="?", metavar="DIR", help="folder of a run (default: the newest)")
 
-    check_or_write(add(data, "rebuild data/ and compare it byte for byte", "data --check", "data --write"))
-    check_or_write(add(index, "README table, badges and lesson headers", "index --check", "index --write"))
-    add(check, "static gates of the notebooks, index and data")
+    check_or_write(
+        add(data, "rebuild data/ from data/source/, and compare or write it", "data --check", "data --write")
+    )
+    check_or_write(
+        add(
+            index,
+            "compare or write what follows from course.toml: README tables, badges, headers",
+            "index --check",
+            "index --write",
+        )
+    )
+    add(check, "run the static gates of the notebooks, and the checks of index and data")
     add(fetch, "fetch, verify and convert the base model, once")
 
     sub = add(lab, "open JupyterLab on a working copy of the notebooks", "lab", "lab --no-browser --port 9000")
     sub.add_argument("--dir", metavar="DIR", help="the working copy (default: work/); other options go to JupyterLab")
 
     sub = add(refresh, "run notebooks in profile cpu and store their outputs in place", "refresh", "refresh 01")
-    sub.add_argument("lessons", nargs="*", metavar="LESSON")
+    sub.add_argument("lessons", nargs="*", metavar="LESSON", help="number or id; all where none is named")
     sub.add_argument("--out", metavar="DIR", help="folder of the runs (default: runs/cpu)")
 
     sub = add(reference, "make the stored reference data, piece by piece", "reference", "reference 01 --seed 2")
-    sub.add_argument("lessons", nargs="*", metavar="LESSON")
+    sub.add_argument("lessons", nargs="*", metavar="LESSON", help="number or id; all where none is named")
     sub.add_argument("--seed", type=int, help="one seed (default: all)")
 
     sub = add(
@@ -409,12 +421,21 @@ def parser():
     )
     sub.add_argument("--model", metavar="NAME_OR_SHAPE", help="a known name, a size such as 14B, or a model's folder")
     sub.add_argument("--method", choices=("full", "lora", "qlora"), help="one method (default: all)")
-    sub.add_argument("--gpu", choices=("t4", "l4", "a100", "h100"), default="t4", help="default: t4")
-    for name, value in (("rank", 16), ("batch", 1), ("length", 512)):
-        sub.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default: {value}")
-    sub.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), default="adamw")
+    sub.add_argument("--gpu", choices=("t4", "l4", "a100", "h100"), default="t4", help="the card (default: t4)")
+    for name, value, text in (
+        ("rank", 16, "of the adapter"),
+        ("batch", 1, "rows a step"),
+        ("length", 512, "tokens a row"),
+    ):
+        sub.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{text} (default: {value})")
+    sub.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), default="adamw", help="default: adamw")
     switch = argparse.BooleanOptionalAction
-    sub.add_argument("--checkpointing", action=switch, default=True, help="keep the input of each block only")
+    sub.add_argument(
+        "--checkpointing",
+        action=switch,
+        default=True,
+        help="keep the input of each block only, and compute the rest again (default: on)",
+    )
 
     sub = add(drift, "say which pins have newer releases", "drift", "drift --run", "drift --run -- tests/unit")
     sub.add_argument("--run", action="store_true", help="run the test suite with them, in an environment of its own")
