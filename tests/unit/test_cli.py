@@ -20,7 +20,7 @@ def root(tmp_path, monkeypatch):
     """A course of two lessons without notebooks, in a folder with a space."""
     root = tmp_path / "a course"
     (root / "notebooks").mkdir(parents=True)
-    lessons = [f'[[lesson]]\nminutes = {{ci = 1, cpu = 6}}\nid = "{x}"\n' for x in ("00_start_here", "01_ladder")]
+    lessons = [f'[[lesson]]\nminutes = {{ci = 1, cpu = 6, t4 = 3}}\nid = "{x}"\n' for x in ("00_start_here", "01_ladder")]
     (root / "notebooks" / "course.toml").write_text("[course]\ntitle = 'x'\n" + "\n".join(lessons))
     monkeypatch.setattr(profiles, "ROOT", root)
     monkeypatch.delenv("COURSE_OUT", raising=False)
@@ -345,7 +345,7 @@ def test_doctor(root, tmp_path, stand_in, capsys, monkeypatch):
 
     assert doctor(stand_in, tmp_path, speed=0.5) == 0
     said = capsys.readouterr().out
-    assert "0.50 of the reference machine" in said and "cpu 12" in said
+    assert "0.50 of the reference machine" in said and "cpu 12.0  t4 3.0" in said
 
     assert doctor(stand_in, tmp_path, about=ABOUT | GPU, speed=None) == 0
     said = capsys.readouterr().out
