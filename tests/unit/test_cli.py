@@ -20,7 +20,8 @@ def root(tmp_path, monkeypatch):
     """A course of two lessons without notebooks, in a folder with a space."""
     root = tmp_path / "a course"
     (root / "notebooks").mkdir(parents=True)
-    lessons = [f'[[lesson]]\nminutes = {{ci = 1, cpu = 6, t4 = 3}}\nid = "{x}"\n' for x in ("00_start_here", "01_ladder")]
+    minutes = "{ci = 1, cpu = 6, t4 = 3}"
+    lessons = [f'[[lesson]]\nminutes = {minutes}\nid = "{x}"\n' for x in ("00_start_here", "01_ladder")]
     (root / "notebooks" / "course.toml").write_text("[course]\ntitle = 'x'\n" + "\n".join(lessons))
     monkeypatch.setattr(profiles, "ROOT", root)
     monkeypatch.delenv("COURSE_OUT", raising=False)
