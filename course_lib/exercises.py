@@ -1064,36 +1064,72 @@ def _exposure(answer):
 # --- lesson 11 -------------------------------------------------------------------------------------------------------
 
 
-@register("11.1", "Write smallest_test(limit, failures), which returns a whole number of tickets.")
-def _smallest_test(answer):
+@register("11.1", "Write failures_allowed(n, limit), which returns a whole number of failures, or None.")
+def _failures_allowed(answer):
     from scipy.stats import binom
 
-    def least(limit, failures):
-        n = failures + 1
-        while binom.cdf(failures, n, limit) > 0.05:
-            n += 1
-        return n
+    from course_lib import evaluation
 
-    for limit, failures in ((0.003, 0), (0.05, 0), (0.02, 3), (0.05, 1)):
-        found, wanted = answer(limit, failures), least(limit, failures)
-        if isinstance(found, bool) or int(found) != found:
-            return False, f"limit {limit}, {failures} failures: a whole number is wanted, not {found!r}."
-        if found == wanted:
-            continue
-        case = f"limit {limit}, {failures} failures: "
-        strict = failures + 1
-        while binom.cdf(failures - 1, strict, limit) > 0.05:
-            strict += 1
-        slips = [
-            (least(limit, 0), "each failure that is allowed costs more tickets."),
-            (wanted - 1, "one ticket too few: in more than 5 % of tests so few failures would come."),
-            (wanted + 1, "one ticket more than needed."),
-            (strict, "at most so many failures: the number itself belongs to it."),
-        ]
-        if failures == 0:
-            slips.insert(0, (math.ceil(3 / limit), "3 / limit is the rule of three; the exact number is less."))
-        return False, case + next((text for slip, text in slips if found == slip), f"{found} instead of {wanted}.")
-    return True, "the first ticket count at which the limit can be shown at all."
+    cases = ((80, 0.1), (298, 0.01), (299, 0.01), (1000, 0.05), (20, 0.1), (400, 0.02), (60, 0.3))
+
+    def most(n, shows):
+        """The last of 0, 1, 2, ... failures that all keep the limit; None where not even 0 do."""
+        k = -1
+        while k < n and shows(k + 1):
+            k += 1
+        return None if k < 0 else k
+
+    def right(n, limit):
+        return most(n, lambda k: binom.cdf(k, n, limit) <= 0.05)
+
+    def one_more(n, limit):
+        k = right(n, limit)
+        return 0 if k is None else k + 1
+
+    def one_less(n, limit):
+        k = right(n, limit)
+        return k and k - 1
+
+    def wilson(n, limit):
+        return most(n, lambda k: evaluation.proportion([1] * k + [0] * (n - k)).high <= limit)
+
+    slips = (
+        (
+            lambda n, p: right(n, p) if right(n, p) is not None else 0,
+            "where not even 0 failures show it, None is right.",
+        ),
+        (
+            lambda n, p: right(n, p) if right(n, p) is not None else -1,
+            "where not even 0 failures show it, None is right.",
+        ),
+        (one_more, "the first number that is too many: the one before it is wanted, or None."),
+        (lambda n, p: one_more(n, p) if right(n, p) is not None else None, "one failure too many."),
+        (one_less, "one failure fewer than allowed: so few failures OR fewer, so the number itself belongs to it."),
+        (
+            lambda n, p: int(n * p + 1e-9),
+            "that compares the value with the limit: half of such tests would pass by luck.",
+        ),
+        (wilson, "that is this gate's rule, Wilson's interval with two ends; the simple rule is wanted."),
+        (lambda n, p: most(n, lambda k: binom.cdf(k, n, p) <= 0.025), "one of twenty is wanted, not one of forty."),
+        (lambda n, p: most(n, lambda k: binom.pmf(k, n, p) <= 0.05), "so many failures OR fewer: add them up (cdf)."),
+        (
+            lambda n, p: int(binom.ppf(0.95, n, p)),
+            "that is the other end: so MANY failures are rare. Few must be rare.",
+        ),
+    )
+
+    found = [answer(*case) for case in cases]
+    if all(k is None for k in found):
+        return False, "nothing came back: a whole number of failures is wanted."
+    for (n, limit), k in zip(cases, found, strict=True):
+        if k is not None and (isinstance(k, bool) or int(k) != k):
+            return False, f"{n} tickets, limit {limit:.0%}: a whole number or None is wanted, not {k!r}."
+    wanted = [right(*case) for case in cases]
+    if found == wanted:
+        return True, "the number that a desk writes into its plan before the test is run."
+    (n, limit), k, best = next((c, k, w) for c, k, w in zip(cases, found, wanted, strict=True) if k != w)
+    why = next((text for slip, text in slips if found == [slip(*case) for case in cases]), f"{best} is wanted.")
+    return False, f"{n} tickets, limit {limit:.0%}: {k} came back; {why}"
 
 
 @register("11.2", "Give for each rule what is wrong with it, in the words of the list.")

@@ -1,9 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 from scipy.stats import binom
 
-from course_lib import exercises
+from course_lib import evaluation, exercises
 
 RULES = {"a": "looks at the value", "b": "no sample shows it", "c": "too coarse", "d": "never alarms"}
 
@@ -22,45 +23,78 @@ def test_untouched_says_what_is_expected(said, exercise, dots):
 # --- 11.1 ------------------------------------------------------------------------------------------------------------
 
 
-def smallest_test(limit, failures):
-    n = failures + 1
-    while binom.cdf(failures, n, limit) > 0.05:
-        n += 1
-    return n
+def failures_allowed(n, limit):
+    allowed = None
+    for failures in range(n):
+        if binom.cdf(failures, n, limit) > 0.05:
+            break
+        allowed = failures
+    return allowed
 
 
-def by_hand(limit, failures):
-    def at_most(n):
-        return sum(math.comb(n, k) * limit**k * (1 - limit) ** (n - k) for k in range(failures + 1))
+def by_hand(n, limit):
+    at_most, k = (1 - limit) ** n, 0
+    while at_most <= 0.05:
+        k += 1
+        at_most += math.comb(n, k) * limit**k * (1 - limit) ** (n - k)
+    return float(k - 1) if k else None
 
-    return next(float(n) for n in range(failures + 1, 10_000) if at_most(n) <= 0.05)
+
+def by_quantile(n, limit):
+    """The quantile is the first number of failures that is too many."""
+    k = binom.ppf(0.05, n, limit) - 1
+    return np.int64(k) if k >= 0 else None
 
 
-@pytest.mark.parametrize("answer", [smallest_test, by_hand])
-def test_right_sizes(said, answer):
+@pytest.mark.parametrize("answer", [failures_allowed, by_hand, by_quantile])
+def test_right_numbers_of_failures(said, answer):
     assert said("11.1", answer).startswith("11.1  right: ")
 
 
-def one_more_failure(limit, failures):
-    n = failures + 1
-    while binom.cdf(failures - 1, n, limit) > 0.05:
-        n += 1
-    return n
+def test_the_inverse_of_the_lesson():
+    """A test of that size allows them, and one ticket fewer does not allow the last."""
+    for n, failures in ((299, 0), (473, 1), (1049, 5)):  # the lesson's table
+        assert failures_allowed(n, 0.01) == failures
+        assert failures_allowed(n - 1, 0.01) == (failures - 1 if failures else None)
+
+
+def wilson(n, limit):
+    hits = [k for k in range(n) if evaluation.proportion([1] * k + [0] * (n - k)).high <= limit]
+    return max(hits, default=None)
+
+
+def below(n, limit, level=0.05, chance=binom.cdf):
+    k = 0
+    while chance(k, n, limit) <= level:
+        k += 1
+    return k - 1 if k else None
+
+
+def instead_of_none(value):
+    return lambda n, limit: value if failures_allowed(n, limit) is None else failures_allowed(n, limit)
 
 
 @pytest.mark.parametrize(
     ("answer", "hint"),
     [
-        (lambda limit, failures: math.ceil(3 / limit), "rule of three"),
-        (lambda limit, failures: smallest_test(limit, 0), "costs more tickets"),
-        (lambda limit, failures: smallest_test(limit, failures) - 1, "too few"),
-        (lambda limit, failures: smallest_test(limit, failures) + 1, "more than needed"),
-        (lambda limit, failures: one_more_failure(limit, failures) if failures else smallest_test(limit, 0), "belongs"),
-        (lambda limit, failures: math.log(0.05) / math.log(1 - limit), "a whole number"),
-        (lambda limit, failures: 7, "7 instead of"),
+        (lambda n, limit: int(n * limit + 1e-9), "compares the value"),
+        (wilson, "this gate's rule"),
+        (instead_of_none(0), "None is right"),
+        (instead_of_none(-1), "None is right"),
+        (lambda n, limit: 0 if (k := failures_allowed(n, limit)) is None else k + 1, "the one before it"),
+        (lambda n, limit: None if (k := failures_allowed(n, limit)) is None else k + 1, "one failure too many"),
+        (lambda n, limit: (k := failures_allowed(n, limit)) and k - 1, "belongs to it"),
+        (lambda n, limit: below(n, limit, 0.025), "not one of forty"),
+        (lambda n, limit: below(n, limit, chance=binom.pmf), "add them up"),
+        (lambda n, limit: binom.ppf(0.95, n, limit), "Few must be rare"),
+        (lambda n, limit: n * limit * 0.4321, "a whole number or None"),
+        (lambda n, limit: True, "a whole number or None"),
+        (lambda n, limit: None, "nothing came back"),
+        (lambda n, limit: 7, "80 tickets, limit 10%: 7 came back; 3 is wanted"),
+        (lambda n: 0, "could not use your answer"),
     ],
 )
-def test_wrong_sizes(said, answer, hint):
+def test_wrong_numbers_of_failures(said, answer, hint):
     found = said("11.1", answer)
     assert found.startswith("11.1  not yet: ") and hint in found
 
@@ -101,8 +135,6 @@ def memorised(losses):
 
 
 def with_numpy(losses):
-    import numpy as np
-
     places = [1 + (np.array(others) < own).sum() for own, others in losses]
     return np.bool_(min(places) < 0.05 * (len(losses[0][1]) + 1) / len(losses))
 
