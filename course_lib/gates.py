@@ -345,6 +345,31 @@ def numbers(nb, lesson):
     return problems
 
 
+LEDGER = re.compile(r"(?m)^(\d\d)\b.*?(\d[\d.]*) min +\$")  # a row of the ledger: lesson, its title, minutes, dollars
+
+
+def ledger(nb, lesson):
+    """A ledger that a cell prints from the minutes of course.toml says what stands there now.
+
+    Minutes count in no fingerprint, so that a changed header makes no lesson stale; only what prints them does age.
+    """
+    planned = {other["id"][:2]: other.get("minutes", {}).get("cpu") for other in profiles.lessons()}
+    problems = []
+    for i, cell in numbered(nb, "code"):
+        if '["minutes"]' not in cell.source:
+            continue
+        shown = dict(row for text in output_texts(cell) for row in LEDGER.findall(text))
+        old = [
+            f"{number} ({shown.get(number, 'nothing')} for {planned.get(number, 'nothing')})"
+            for number in sorted(planned.keys() | shown.keys())
+            if float(shown.get(number, "nan")) != planned.get(number)
+        ]
+        if old:
+            cure = f"run `make refresh LESSON={lesson['id'][:2]}`"
+            problems.append(at(lesson, i, f"its minutes of lessons {', '.join(old)} are not course.toml's; {cure}"))
+    return problems
+
+
 GATES = (
     notebook_format,
     generated,
@@ -359,6 +384,7 @@ GATES = (
     headings,
     metrics,
     numbers,
+    ledger,
 )
 
 

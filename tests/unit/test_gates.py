@@ -231,6 +231,54 @@ def test_numbers_that_nothing_shows(text, claims):
     assert [problem.split(": ", 1)[1].split(" is in no")[0] for problem in found] == claims
 
 
+LEDGER_CELL = 'for table in profiles.lessons():\n    print(table["id"], table["minutes"]["cpu"])'
+ROWS = [
+    "00 Start here                           0.7 min  $0.0012  ",
+    "01 QLoRA on a T4                         13 min  $0.0217    8.1 min here",
+    "02 Training data                          5 min  $0.0083  ",
+]
+ALL = "all                                    18.7 min  $0.03 at $0.10 an hour"
+
+
+def said_by_ledger(checkout, rows, source=LEDGER_CELL):
+    minutes = {"00": {"cpu": 0.7, "ci": 9}, "01": {"cpu": 13}, "02": {"cpu": 5}}
+    profiles.lessons()[:] = [{**x, "minutes": minutes[x["id"][:2]]} for x in profiles.lessons()]
+    nb = new_notebook(cells=[new_markdown_cell("What it cost."), new_code_cell(source, outputs=said("\n".join(rows)))])
+    return gates.ledger(nb, SECOND)
+
+
+def test_a_ledger_with_the_minutes_of_course_toml_is_silent(checkout):
+    assert said_by_ledger(checkout, [*ROWS, ALL]) == []
+
+
+def test_minutes_in_a_cell_that_does_not_read_course_toml_are_not_looked_at(checkout):
+    assert said_by_ledger(checkout, ["01 a run of its own   99 min  $0.01"], "print(rows)") == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "old"),
+    [
+        ([ROWS[0], ROWS[1].replace(" 13 min", "  8 min"), ROWS[2]], "01 (8 for 13)"),
+        ([ROWS[0].replace("0.7", "  7"), ROWS[1], ROWS[2].replace("5 min", "6 min")], "00 (7 for 0.7), 02 (6 for 5)"),
+        (ROWS[:2], "02 (nothing for 5)"),
+        ([*ROWS, "03 Gone    4 min  $0.0067"], "03 (4 for nothing)"),
+        ([ALL], "00 (nothing for 0.7), 01 (nothing for 13), 02 (nothing for 5)"),
+    ],
+)
+def test_a_ledger_with_other_minutes_is_told_with_its_cure(checkout, rows, old):
+    (problem,) = said_by_ledger(checkout, rows)
+    assert problem.startswith(f"notebooks/02_training_data.ipynb, cell 2: its minutes of lessons {old}")
+    assert problem.endswith("are not course.toml's; run `make refresh LESSON=02`")
+
+
+def test_the_gate_finds_the_ledger_of_the_course():
+    lesson = profiles.lesson("13")
+    nb = index.read(index.notebook_path(lesson))
+    cells = [cell for cell in nb.cells if cell.cell_type == "code" and '["minutes"]' in cell.source]
+    rows = {n for cell in cells for text in gates.output_texts(cell) for n, _ in gates.LEDGER.findall(text)}
+    assert rows == {other["id"][:2] for other in profiles.lessons()}
+
+
 def test_a_lesson_may_have_parameters_of_its_own():
     cells = gates.generated_cells({**START, "parameters": ["dataset"]})
     assert cells[2].source == 'profile = "auto"\nseed = 0\nout_dir = None\ndataset = None'
