@@ -202,7 +202,7 @@ def confirm(results: list[Result]) -> int:
 
 def choose(results: list[Result], **wanted) -> list[Result]:
     """The results whose rows have these values, as in `choose(results, area="memory", verdict="wrong")`; a list of
-    values takes any of them, `text` any row in whose claim the text occurs."""
+    values takes any of them, `text` any row in whose claim the text occurs. A list of ids also says the order."""
     known = {"area": AREAS, "verdict": VERDICTS, "slip": SLIPS, "id": checks()}
     for column, values in wanted.items():
         if column not in (*COLUMNS, "text"):
@@ -216,7 +216,9 @@ def choose(results: list[Result], **wanted) -> list[Result]:
             return values.lower() in row["claim"].lower()
         return row[column] == values if isinstance(values, str) else row[column] in values
 
-    return [r for r in results if all(fits(r.row, *pair) for pair in wanted.items())]
+    chosen = [r for r in results if all(fits(r.row, *pair) for pair in wanted.items())]
+    asked = wanted.get("id", "")
+    return chosen if isinstance(asked, str) else sorted(chosen, key=lambda r: list(asked).index(r.row["id"]))
 
 
 def _plain(text: str) -> str:
