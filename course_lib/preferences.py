@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import random
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -331,6 +330,8 @@ def store_samples(s: SimpleNamespace) -> None:
 
 
 def _piece(name: str, seed: int, control: str, knob: str, setting) -> None:
+    import tempfile
+
     from course_lib import reference
 
     s = SimpleNamespace(**vars(settings(name, "cpu")) | CONTROLS[control] | ({knob: setting} if knob else {}))
