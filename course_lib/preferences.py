@@ -330,20 +330,16 @@ def store_samples(s: SimpleNamespace) -> None:
 
 
 def _piece(name: str, seed: int, control: str, knob: str, setting) -> None:
-    import tempfile
-
     from course_lib import reference
 
     s = SimpleNamespace(**vars(settings(name, "cpu")) | CONTROLS[control] | ({knob: setting} if knob else {}))
-    with tempfile.TemporaryDirectory() as place:
-        if control or knob:
-            model, made = prepare_with(s, seed)
-            made.train()
-            folder, curve = recipes.save(for_use(model), Path(place) / "adapter"), recipes.losses(made)
-        else:
-            folder = adapter(name, "cpu", seed)
-            curve = json.loads((folder / "training.json").read_text())["losses"]
-        model = models.load(adapter=folder)  # every piece as it is used: saved, loaded, in the model's own dtype
+    if not (control or knob):
+        model = load(name, "cpu", seed)
+        curve = json.loads((cached(name, "cpu", seed) / "training.json").read_text())["losses"]
+    else:
+        model, made = prepare_with(s, seed)
+        made.train()
+        model, curve = for_use(model), recipes.losses(made)
     about = reference._about(key(name, "cpu", seed))
     common = {"profile": "cpu", "seed": seed, "control": control}
     if not knob:
