@@ -55,22 +55,38 @@ def prepare(run: str, steps: int, seed: int = 0):
 
 def measure(run: str, model, seed: int = 0) -> dict[str, evaluation.Estimate]:
     """What a model does on held-out prompts. Sums: share of drawn answers that are right. Replies: share of the
-    criteria that are kept, share of replies that keep all, words."""
-    tokenizer = models.load_tokenizer()
+    criteria that are kept, share of replies that keep all, share that stand at no earlier ticket, words."""
     if run == "puzzles":
-        _, held_out = sums(seed)
-        drawn = routing.sample(model, tokenizer, [row["prompt"] for row in held_out], 8, seed, new_tokens=16)
-        shares = [
-            sum(one_number(t, row["team"]) for t in texts) / 8 for texts, row in zip(drawn, held_out, strict=True)
-        ]
-        return {"right": evaluation.mean(shares)}
+        return {"right": _right(model, [], seed)}
+    tokenizer = models.load_tokenizer()
     records = replies.load("test", HELD_OUT["rubric"])
     texts = replies.answers(model, tokenizer, records, seed)
     return {
         "rubric_share": evaluation.mean([rubric_share(t, r["id"]) for r, t in zip(records, texts, strict=True)]),
         "rubric_pass": evaluation.proportion([replies.passes(r, t) for r, t in zip(records, texts, strict=True)]),
+        "distinct": evaluation.proportion([text not in texts[:i] for i, text in enumerate(texts)]),
         "words": evaluation.mean([len(t.split()) for t in texts]),
     }
+
+
+def _right(model, solved: list[dict], seed: int) -> evaluation.Estimate:
+    """Share of right ones among eight drawn answers to each held-out sum, asked after the `solved` ones."""
+    _, held_out = sums(seed)
+    before = [m for row in solved for m in (*row["prompt"], {"role": "assistant", "content": row["team"]})]
+    prompts = [[*before, *row["prompt"]] for row in held_out]
+    drawn = routing.sample(model, models.load_tokenizer(), prompts, 8, seed, new_tokens=16)
+    hits = ([one_number(t, row["team"]) for t in texts] for texts, row in zip(drawn, held_out, strict=True))
+    return evaluation.mean([sum(some) / 8 for some in hits])
+
+
+def prompted(seed: int = 0) -> dict[str, evaluation.Estimate]:
+    """What the base does with the held-out sums after three and after eight solved ones in the prompt; and how often
+    the training's most frequent answer is right."""
+    rows, held_out = sums(seed)
+    answers = [row["team"] for row in rows]
+    usual, base = max(sorted(set(answers)), key=answers.count), models.load()
+    found = {f"{n} solved sums in the prompt": _right(base, rows[:n], seed) for n in (3, 8)}
+    return found | {"the most frequent answer": evaluation.mean([float(row["team"] == usual) for row in held_out])}
 
 
 def train(run: str, steps: int, seed: int = 0):
@@ -84,26 +100,31 @@ def train(run: str, steps: int, seed: int = 0):
 
 
 def make_reference(seeds) -> None:
-    """Measure what is missing of lesson 09's recipes, then of the two runs, for the first seed."""
+    """Measure what is missing of lesson 09's recipes, then of the two runs and of the prompts, for the first seed."""
     from course_lib import reference
 
     routing.make_reference(seeds)
-    key = routing.key("route_grpo", "cpu", seeds[0])
-    for run, steps in RUNS.items():
-        common = {"profile": "full", "seed": seeds[0], "control": run}
+    seed = seeds[0]
+    key = routing.key("route_grpo", "cpu", seed)
+    for run, steps in (RUNS | {"prompted": 0}).items():
+        common = {"profile": "full", "seed": seed, "control": run}
         same = {column: str(x) for column, x in (common | {"key": key}).items()}
         stored = any(all(r[c] == x for c, x in same.items()) for r in reference.read("grpo_runs", "metrics"))
-        print(f"{run}: {'stored' if stored else f'{steps} steps ...'}", flush=True)
+        print(f"{run}: {'stored' if stored else 'measuring ...'}", flush=True)
         if stored:
             continue
-        _, rewards, *found = train(run, steps, seeds[0])
         about = reference._about(key)
-        curve = [common | {"step": n, "reward": f"{x:.4f}"} | about for n, x in enumerate(rewards, 1)]
+        if steps:
+            _, rewards, before, after = train(run, steps, seed)
+            curve = [common | {"step": n, "reward": f"{x:.4f}"} | about for n, x in enumerate(rewards, 1)]
+            reference._replace("grpo_runs", "curves", common, curve)
+            found = {"before": before, "after": after}
+        else:
+            found = {moment: {"right": e} for moment, e in prompted(seed).items()}
         rows = [
             common | {"moment": moment, "metric": metric, "value": f"{e.value:.4f}"}
             | {"low": f"{e.low:.4f}", "high": f"{e.high:.4f}", "n": e.n} | about
-            for moment, metrics in zip(("before", "after"), found, strict=True) for metric, e in metrics.items()
+            for moment, metrics in found.items() for metric, e in metrics.items()
         ]  # fmt: skip
-        reference._replace("grpo_runs", "curves", common, curve)
         reference._replace("grpo_runs", "metrics", common, rows)
         hardware.give_back_memory()

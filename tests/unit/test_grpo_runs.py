@@ -56,11 +56,34 @@ def test_reference_is_made_in_pieces_and_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(routing, "key", lambda *_: "key")
     trained, e = [], {"right": evaluation.Estimate(0.5, 0.4, 0.6, 40)}
     monkeypatch.setattr(grpo_runs, "train", lambda run, steps, seed: trained.append(run) or (None, [0, 1], e, e))
+    monkeypatch.setattr(grpo_runs, "prompted", lambda seed: trained.append("prompted") or {"3 solved": e["right"]})
     for _ in range(2):
         grpo_runs.make_reference((0, 1))
-    assert trained == ["puzzles", "rubric"]
-    rows = reference.read("grpo_runs", "metrics")
-    assert [(r["control"], r["moment"]) for r in rows] == [(run, m) for run in trained for m in ("before", "after")]
+    assert trained == ["puzzles", "rubric", "prompted"]
+    rows = [r for r in reference.read("grpo_runs", "metrics") if r["control"] != "prompted"]
+    assert [(r["control"], r["moment"]) for r in rows] == [
+        (run, m) for run in grpo_runs.RUNS for m in ("before", "after")
+    ]
     assert [r["reward"] for r in reference.read("grpo_runs", "curves")] == ["0.0000", "1.0000"] * 2
     for kind in ("metrics", "curves"):
         assert all(row[column] for row in reference.read("grpo_runs", kind) for column in reference.PROVENANCE)
+
+
+def test_solved_sums_stand_before_the_question_and_a_constant_is_counted(monkeypatch, tiny_model, tiny_tokenizer):
+    pytest.importorskip("reasoning_gym")
+    asked = []
+
+    def sample(model, tokenizer, prompts, n, seed, new_tokens):
+        asked.append(prompts)
+        return [["7"] * n for _ in prompts]
+
+    monkeypatch.setattr(routing, "sample", sample)
+    monkeypatch.setattr(grpo_runs.models, "load_tokenizer", lambda: tiny_tokenizer)
+    monkeypatch.setattr(grpo_runs.models, "load", tiny_model)
+    found = grpo_runs.prompted()
+    _, held_out = grpo_runs.sums()
+    sevens = sum(row["team"] == "7" for row in held_out) / len(held_out)
+    assert [len(prompts[0]) for prompts in asked] == [7, 17]  # three and eight solved ones, then the question
+    assert all(prompt[-1:] == row["prompt"] for prompt, row in zip(asked[0], held_out, strict=True))
+    assert [e.value for e in found.values()][:2] == pytest.approx([sevens, sevens])
+    assert list(found.values())[-1].value < 0.2
