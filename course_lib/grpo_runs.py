@@ -108,8 +108,7 @@ def make_reference(seeds) -> None:
     key = routing.key("route_grpo", "cpu", seed)
     for run, steps in (RUNS | {"prompted": 0}).items():
         common = {"profile": "full", "seed": seed, "control": run}
-        same = {column: str(x) for column, x in (common | {"key": key}).items()}
-        stored = any(all(r[c] == x for c, x in same.items()) for r in reference.read("grpo_runs", "metrics"))
+        stored = reference.is_stored("grpo_runs", "metrics", common | {"key": key})
         print(f"{run}: {'stored' if stored else 'measuring ...'}", flush=True)
         if stored:
             continue

@@ -108,8 +108,7 @@ def make_reference(seeds) -> None:
     pieces = [(arm, seed) for seed in seeds for arm in ARMS if arm != "base" or seed == seeds[0]]
     for number, (arm, seed) in enumerate(pieces, 1):
         common = {"profile": "full", "seed": seed, "control": arm}
-        same = {column: str(x) for column, x in (common | {"key": key}).items()}
-        stored = any(all(r[c] == x for c, x in same.items()) for r in reference.read("raft", "metrics"))
+        stored = reference.is_stored("raft", "metrics", common | {"key": key})
         print(f"{arm}, seed {seed} ({number}/{len(pieces)}): {'stored' if stored else 'training ...'}", flush=True)
         if stored:
             continue

@@ -41,6 +41,12 @@ def read(recipe: str, kind: str) -> list[dict]:
         return []
 
 
+def is_stored(recipe: str, kind: str, wanted: dict) -> bool:
+    """Whether a row with these values is stored."""
+    same = {column: str(value) for column, value in wanted.items()}
+    return any(all(row[column] == value for column, value in same.items()) for row in read(recipe, kind))
+
+
 def band(values: list[float], n: int) -> tuple[float, float]:
     """The band of a share measured on n items, from the values of the reference seeds: their range, widened on each
     side by what another draw of n items moves a share (1.96 standard errors) and by 0.05 for other hardware."""
