@@ -19,7 +19,7 @@ from pathlib import Path
 
 from course_lib import CourseError, profiles, results
 from course_lib.fingerprints import fingerprint, outputs_fingerprint, read
-from course_lib.index import tags
+from course_lib.index import notebook_path, tags
 
 __all__ = ["fingerprint", "outputs_fingerprint", "run"]
 INTERRUPTED = 130
@@ -226,7 +226,7 @@ def _run_lesson(lesson, profile, seed, out, timeout):
     """Execute one lesson; returns its entry of results.json without the metrics."""
     name, expected = lesson["id"], lesson.get("minutes", {}).get(profile)
     limit = 60 * (timeout or max(12 * (expected or 5), 10))
-    source, log = read(lesson), Path("logs") / f"{name}.log"
+    path, source, log = notebook_path(lesson), read(lesson), Path("logs") / f"{name}.log"
     final, part = out / "notebooks" / f"{name}.ipynb", out / "notebooks" / f".{name}.part.ipynb"
     watch = Watch(name, len(source.cells), expected)
     entry, verdict = {"status": "passed"}, "passed"
@@ -234,7 +234,7 @@ def _run_lesson(lesson, profile, seed, out, timeout):
     try:
         with open(out / log, "w", encoding="utf-8", buffering=1) as file, _logging_to(file):
             try:
-                _execute(source, part, {"profile": profile, "seed": seed, "out_dir": str(out)}, limit, watch, file)
+                _execute(path, part, {"profile": profile, "seed": seed, "out_dir": str(out)}, limit, watch, file)
             except Exception as error:
                 kind, message = _explain(error, watch, limit)
                 with contextlib.suppress(OSError):  # a full disk is the failure's cause here, and is reported as such
@@ -253,7 +253,7 @@ def _run_lesson(lesson, profile, seed, out, timeout):
     return entry | {"seconds": round(watch.seconds, 1), "peak_rss_mb": round(watch.peak / 2**20)}
 
 
-def _execute(source, target, parameters, limit, watch, log):
+def _execute(path, target, parameters, limit, watch, log):
     import papermill
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
@@ -274,10 +274,12 @@ def _execute(source, target, parameters, limit, watch, log):
             watch.cell += 1
             log.write(f"--- cell {watch.cell}/{watch.cells}\n")
 
+    # Paths, since papermill writes into the result's metadata what it was given; braces it takes for parameters.
+    source, target = (str(each).replace("{", "{{").replace("}", "}}") for each in (path, target))
     try:
         done = papermill.execute_notebook(
             source,
-            str(target).replace("{", "{{").replace("}", "}}"),  # papermill takes braces for parameters
+            target,
             parameters,
             kernel_name="python3",
             language="python",

@@ -102,6 +102,8 @@ def test_a_passing_lesson(course, out, capsys, monkeypatch, tmp_path):
     assert entry["metrics"]["exact"]["in_band"] is True and entry["inputs"]
 
     executed = nbformat.read(out / "notebooks" / "04_lora.ipynb", 4)
+    # not the whole lesson once more
+    assert executed.metadata.papermill.input_path == str(course.root / "notebooks" / "04_lora.ipynb")
     lines = next(cell.outputs[0].text.splitlines() for cell in executed.cells if "getcwd" in cell.source)
     assert lines[0] == str(["ci", 3, str(out)])
     assert json.loads(lines[1]) == [sys.executable, str(course.root / "notebooks"), "set before"]
