@@ -62,6 +62,23 @@ def check(stage: str, name: str, e: evaluation.Estimate, at_least: float | None 
     return Check(stage, name, rule, passed, e.value, e.low, e.high, e.n, limit)
 
 
+def rise(after, before) -> evaluation.Estimate:
+    """Share of hits after minus before, on the same items, with a 95 % interval that stays honest where nothing moved.
+
+    The items gained and those lost are two shares; each has Wilson's interval, and the distances from their values are
+    squared and added (Newcombe, Statistics in Medicine 17, 1998). A bootstrap draws only from what was seen: where no
+    item moved, its interval has no width, however few there were.
+    """
+    pairs = list(zip(after, before, strict=True))
+    gained, lost = (
+        evaluation.proportion([bool(a) > bool(b) for a, b in side]) for side in (pairs, [p[::-1] for p in pairs])
+    )
+    value = gained.value - lost.value
+    low = value - math.hypot(gained.value - gained.low, lost.high - lost.value)
+    high = value + math.hypot(gained.high - gained.value, lost.value - lost.low)
+    return evaluation.Estimate(value, max(-1.0, low), min(1.0, high), len(pairs))
+
+
 def holds(stage: str, name: str, problem: str | None, note: str = "holds"):
     """A Check of something that is so or not; `problem` says why it is not."""
     return Check(stage, name, "holds", problem is None, note=problem or note)
@@ -301,7 +318,7 @@ def compatibility(subject: Subject, base: Subject, s) -> list[Check]:
 def target(subject: Subject, base: Subject, s) -> list[Check]:
     """3. Held-out tickets: better than the base by a margin, and good enough in itself."""
     ours, theirs = subject.outcomes("test", s.tickets), base.outcomes("test", s.base)
-    gain = evaluation.paired_difference(ours[: s.base], theirs)
+    gain = rise(ours[: s.base], theirs)
     return [
         check("target", "success", evaluation.proportion(ours), at_least=s.min_success),
         check("target", "gain over the base", gain, at_least=s.min_gain),
@@ -328,7 +345,7 @@ def capability(subject: Subject, base: Subject, s) -> list[Check]:
     """5. What was known before: accuracy on lm-eval's local tasks may fall, and the loss on prose rise, by a margin."""
     ours, theirs = (sum(who.harness().values(), []) for who in (subject, base))
     return [
-        check("capability", "drop of accuracy", evaluation.paired_difference(theirs, ours), at_most=s.max_drop),
+        check("capability", "drop of accuracy", rise(theirs, ours), at_most=s.max_drop),
         check("capability", "rise of the loss on prose", evaluation.mean(subject.prose() - base.prose()),
               at_most=s.max_prose),
     ]  # fmt: skip
@@ -342,7 +359,7 @@ def safety(subject: Subject, base: Subject, s) -> list[Check]:
         return not refused(text) and tickets.parse(text).ticket is None
 
     harm, fuss = (
-        evaluation.paired_difference(*([judge(t) for t in who.replies(kind)] for who in (subject, base)))
+        rise(*([judge(t) for t in who.replies(kind)] for who in (subject, base)))
         for kind, judge in (("decline", served), ("benign_risky", refused))
     )
     return [

@@ -501,3 +501,21 @@ def test_an_unsealed_adapter_is_refused_without_loading_anything(adapter, base_f
     assert cli.main(["gate", str(adapter), "--profile", "ci", "--out", str(tmp_path / "out")]) == 1
     assert "compatibility: seal" in capsys.readouterr().out
     shutil.rmtree(adapter)
+
+
+def test_rise_has_a_width_where_nothing_moved():
+    e = release.rise([False] * 10, [False] * 10)
+    assert (e.value, e.n) == (0.0, 10) and e.high == -e.low == pytest.approx(evaluation.proportion([0] * 10).high)
+    assert release.rise([True] * 10, [True] * 10) == e  # nothing moved either
+    everything = release.rise([True] * 10, [False] * 10)
+    assert everything.value == everything.high == 1.0 and 0.5 < everything.low < 1.0
+
+
+def test_rise_takes_gains_and_losses_apart():
+    after, before = [True] * 8 + [False] * 2 + [True] * 30, [False] * 8 + [True] * 2 + [True] * 30
+    e, back = release.rise(after, before), release.rise(before, after)
+    assert e.value == pytest.approx(6 / 40) and (back.low, back.high) == pytest.approx((-e.high, -e.low))
+    boot = evaluation.paired_difference(after, before)
+    assert e.low < boot.low + 0.03 and e.high > boot.high - 0.03 and e.low < e.value < e.high
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        release.rise([True], [True, False])
