@@ -216,7 +216,7 @@ def on_policy(student, teacher, tokenizer, prompts: list[list[dict]], steps: int
 
 DEPTH = 10
 SWEEPS = {  # one setting at a time; the first of each is the lesson's
-    "method": ("logit", "gold", "sequence", "on_policy", "learning_rate_0"),
+    "method": ("logit", "gold", "sequence", "continued", "on_policy", "learning_rate_0"),
     "depth": (5, 20),
     "beta": (0.5, 1.0),
     "temperature": (2.0, 4.0),
@@ -278,6 +278,8 @@ def _piece(seed: int, knob: str, setting):
     elif knob == "temperature":
         loss = functools.partial(_softened, teacher, setting)
     train(student, given, loss, sizes.steps, rate, seed)
+    if setting == "continued":  # beside on-policy training: as many more steps at its rate, along the teacher's texts
+        train(student, given, loss, sizes.steps // 2, rate / 10, seed)
     if setting == "on_policy":  # from where logit KD ended
         return on_policy(student, teacher, tokenizer, prompts, sizes.steps // 2, sizes.batch, rate / 10, seed)
     return recipes.for_use(student)
