@@ -1,11 +1,12 @@
 """The manifest agrees with the data, names what was changed, and its components share nothing and leave nothing out."""
 
 import json
+import re
 import shutil
 
 import pytest
 
-from course_lib import CourseError, manifest, tickets
+from course_lib import CourseError, fingerprints, manifest, profiles, tickets
 
 
 def test_it_agrees_with_the_data():
@@ -65,3 +66,13 @@ def test_a_manifest_that_is_no_json(tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(CourseError, match="course data --write"):
         manifest.load()
+
+
+@pytest.mark.parametrize("number", ["03", "08", "13"])
+def test_lessons_that_train_on_the_tickets_load_it_first(number):
+    code = [c.source for c in fingerprints.read(profiles.lesson(number)).cells if c.cell_type == "code"]
+    loads = next(n for n, source in enumerate(code) if re.search(r"(?m)^(for .* in )?manifest\.load\(\)", source))
+    trains = next(
+        n for n, source in enumerate(code) if re.search(r"\.train\(\)|tuned_on\(|teach\(|pipeline\.adapter", source)
+    )
+    assert loads < trains
