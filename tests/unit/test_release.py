@@ -519,3 +519,13 @@ def test_rise_takes_gains_and_losses_apart():
     assert e.low < boot.low + 0.03 and e.high > boot.high - 0.03 and e.low < e.value < e.high
     with pytest.raises(ValueError, match="argument 2 is longer"):
         release.rise([True], [True, False])
+
+
+@pytest.mark.parametrize(("n", "gain", "lose"), [(120, 0.2, 0.125), (80, 0.3, 0.1), (20, 0.1, 0.1), (40, 0.02, 0.05)])
+def test_rise_holds_the_truth_as_often_as_it_says(n, gain, lose):
+    rng = np.random.default_rng(0)
+    holds = 0
+    for moved in rng.choice([1, -1, 0], (1500, n), p=[gain, lose, 1 - gain - lose]):
+        e = release.rise(moved > 0, moved < 0)
+        holds += e.low <= gain - lose <= e.high
+    assert 0.93 <= holds / 1500 <= 0.995
