@@ -799,7 +799,7 @@ def sum_over_answer(judged="tokens of the answer"):
     log_p = logits(model)[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:, None])[..., 0]
     start = prompt - 1 if judged == "tokens of the answer" else 0
     by_hand, n = -log_p[:, start:].sum().item(), int((labels[:, 1:] != -100).sum())
-    evidence = f"{by_hand:.3f} by hand, {loss:.3f} x {n} = {loss * n:.3f} by the library"
+    evidence = f"{by_hand:.3f} by hand, {loss:.4f} x {n} = {loss * n:.3f} by the library"
     return Finding({"one answer": near(by_hand, loss * n, 1e-4)}, evidence)
 
 
