@@ -284,13 +284,15 @@ def test_stored_references_say_where_they_come_from(name):
 
 
 def test_with_verdicts_by_a_coin_nothing_is_won():
-    def passes(name, control):
+    def passes(name, control=""):
         rows = [r for r in stored(name) if r["metric"] == "rubric_pass" and r["control"] == control and not r["knob"]]
-        return [float(r["value"]) for r in rows] or pytest.skip(f"no control {control!r} of {name} is stored yet")
+        found = {r["seed"]: float(r["value"]) for r in rows}
+        return found or pytest.skip(f"no control {control!r} of {name} is stored yet")
 
-    start, ours, coin = passes("reply_sft", ""), passes("reply_dpo", ""), passes("reply_dpo", "shuffled_labels")
+    start, ours, coin = passes("reply_sft"), passes("reply_dpo"), passes("reply_dpo", "shuffled_labels")
     low = next(t for t in profiles.lessons() if t["id"] == "06_dpo")["bands"]["cpu"]["dpo_minus_sft"][0]
-    assert min(ours) - max(start) > low > max(coin) - min(start)  # the control is outside of the band
+    # Each from the start of its own seed: the control is outside of the band.
+    assert min(ours[seed] - start[seed] for seed in ours) > low > max(coin[seed] - start[seed] for seed in coin)
 
 
 def test_the_stored_sample_says_where_it_comes_from():
