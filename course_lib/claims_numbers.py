@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from course_lib import memory, reference
+from course_lib import memory, profiles, reference
 from course_lib.claims import Finding, near, register
 
 # --- arithmetic and cost ---------------------------------------------------------------------------------------------
@@ -717,20 +717,23 @@ def refusals(measure="share of refusals that are right"):
 @register("14.B105", least=0.05)
 def rehearsal(least=0.10):
     """The course's stored sweep: forgetting of full fine-tuning by the share of general examples, nats."""
+    from scipy.stats import sem, t
+
     rows = reference.read("ticket_full", "sweeps")
     swept = [r for r in rows if r["knob"] == "rehearsal" and r["metric"] == "forgetting" and not r["control"]]
     value, low = ({float(r["setting"]): float(r[end]) for r in swept} for end in ("value", "low"))
-    # The recipe's own share has three seeds, whose interval is for another training (4.303: Student's, two degrees of
-    # freedom); a share is enough where its interval holds zero, or lies below it: no forgetting is shown.
+    # The recipe's own share has more seeds, whose interval is for another training (Student's); a share is enough where
+    # its interval holds zero, or lies below it: no forgetting is shown.
+    own = profiles.index()["recipes"]["ticket_full_rehearsal"]["rehearsal"]
     stored = reference.read("ticket_full_rehearsal", "metrics")
     seeds = [float(r["value"]) for r in stored
              if (r["metric"], r["profile"], r["control"]) == ("forgetting", "cpu", "")]  # fmt: skip
-    low[0.05] = float(np.mean(seeds)) - 4.303 * float(np.std(seeds, ddof=1)) / math.sqrt(len(seeds))
+    low[own] = float(t.interval(0.95, len(seeds) - 1, np.mean(seeds), sem(seeds))[0])
     enough = {share: lower <= 0 for share, lower in low.items()}
     cases = {f"{s:.0%} is {'enough' if s >= least else 'not enough'}": e == (s >= least) for s, e in enough.items()}
     told = ", ".join(f"{share:.0%}: {value[share]:+.3f}" for share in sorted(value))
     more = ", ".join(f"{x:+.3f}" for x in sorted(seeds))
-    return Finding(cases, f"forgetting, nats, one seed: {told}; 5% with three seeds: {more}")
+    return Finding(cases, f"forgetting, nats, one seed: {told}; {own:.0%} with {len(seeds)} seeds: {more}")
 
 
 @register("14.B79", text="(1e-5, 5e-5)")
