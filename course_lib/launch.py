@@ -76,6 +76,18 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def _give_back() -> None:
+    """`hardware.give_back_memory`, however little this process holds: each that is started needs a model's worth."""
+    import contextlib
+    import ctypes
+
+    from course_lib import hardware
+
+    hardware.give_back_memory()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def run(
     rows: list[dict], settings: dict, out, processes: int = 1, machines: int = 1, model=None, seconds: float = 900
 ) -> dict:
@@ -87,7 +99,7 @@ def run(
     from course_lib import hardware, profiles
 
     _share(settings["batch_size"], processes)
-    hardware.give_back_memory()  # each process needs a model's worth of it
+    _give_back()
     out = Path(out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     (out / "run.json").unlink(missing_ok=True)
