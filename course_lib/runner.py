@@ -257,6 +257,7 @@ def _execute(path, target, parameters, limit, watch, log):
     import papermill
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
+    from papermill.engines import NBClientEngine, papermill_engines
 
     class Kernel(AsyncKernelManager):
         """Always this interpreter: without folders to search, no kernelspec of another environment is found."""
@@ -269,6 +270,15 @@ def _execute(path, target, parameters, limit, watch, log):
         async def start_kernel(self, **options):
             return await super().start_kernel(**options, stdout=log, stderr=log)
 
+    class Engine(NBClientEngine):
+        """papermill's own saves the notebook twice a cell, ten seconds a lesson; this one at its start and end."""
+
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, *arguments, **options):
+            save = nb_man.save
+            nb_man.save = lambda **changes: save(**changes) if nb_man.end_time else None
+            return super().execute_managed_notebook(nb_man, *arguments, **options)
+
     def on_cell_start(cell, cell_index):
         if "injected-parameters" not in tags(cell):  # counted as in the lesson's own notebook
             watch.cell += 1
@@ -276,11 +286,13 @@ def _execute(path, target, parameters, limit, watch, log):
 
     # Paths, since papermill writes into the result's metadata what it was given; braces it takes for parameters.
     source, target = (str(each).replace("{", "{{").replace("}", "}}") for each in (path, target))
+    papermill_engines.register("course", Engine)
     try:
         done = papermill.execute_notebook(
             source,
             target,
             parameters,
+            engine_name="course",
             kernel_name="python3",
             language="python",
             cwd=profiles.ROOT / "notebooks",

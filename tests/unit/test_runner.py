@@ -155,6 +155,18 @@ def test_failures_are_named_and_the_others_still_run(course, out, capsys):
     assert "a child speaks" in (out / "logs" / "03_exit.log").read_text(encoding="utf-8")
     executed = (out / "notebooks" / "01_error.ipynb").read_text(encoding="utf-8")
     assert "before" in executed and not left_over(out)
+    assert "os.kill" in (out / "notebooks" / "02_killed.ipynb").read_text(encoding="utf-8")
+
+
+def test_a_notebook_is_not_written_with_every_cell(course, out, monkeypatch):
+    from papermill import engines
+
+    written, write = [], engines.write_ipynb
+    monkeypatch.setattr(engines, "write_ipynb", lambda nb, path: (written.append(path), write(nb, path)))
+    course.add("04_lora", *(f"print({n})" for n in range(20)))
+    assert run("04") == 0
+    assert len(written) == 2  # at its start, too
+    assert "19" in nbformat.read(out / "notebooks" / "04_lora.ipynb", 4).cells[-1].outputs[0].text
 
 
 def test_time_out(course, out):
