@@ -519,10 +519,11 @@ def problems(folder, base_folder: Path | None = None) -> dict[str, str | None]:
 
 def misfit(weights: Path, base_weights: Path, rank: int) -> str | None:
     """Why the matrices of an adapter do not fit the layers of a base; None where all do and all numbers are finite."""
+    import torch
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(weights, "np") as ours, safe_open(base_weights, "np") as theirs:
+        with safe_open(weights, "pt") as ours, safe_open(base_weights, "pt") as theirs:  # numpy knows no bfloat16
             layers = {name: theirs.get_slice(name).get_shape() for name in theirs.keys()}  # noqa: SIM118
             for name in ours.keys():  # noqa: SIM118
                 if not (m := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)):
@@ -532,7 +533,7 @@ def misfit(weights: Path, base_weights: Path, rank: int) -> str | None:
                     return f"the base has no layer {m[1]}"
                 if shape != ([rank, layer[1]] if m[2] == "A" else [layer[0], rank]):
                     return f"{m[1]}: lora_{m[2]} is {shape}, the layer {layer}, the rank {rank}"
-                if not np.isfinite(ours.get_tensor(name)).all():
+                if not torch.isfinite(ours.get_tensor(name)).all():
                     return f"{name} holds numbers that are not finite"
     except (OSError, SafetensorError) as error:
         return f"{weights.name} cannot be read ({error})"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from course_lib import CourseError, cli, evaluation, models, profiles, release, tickets
 
@@ -168,6 +169,14 @@ def test_numbers_have_to_be_finite(sealed, base_folder):
     spoil(sealed, change)
     release.seal(sealed, base_folder=base_folder)
     assert "not finite" in wrong(sealed, base_folder)["shapes"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_sixteen_bits_are_read(sealed, base_folder, dtype):
+    """Where the hardware multiplies in bfloat16, so are the adapters; numpy has no such type."""
+    spoil(sealed, lambda tensor: tensor.to(dtype))
+    release.seal(sealed, base_folder=base_folder)
+    assert not any(wrong(sealed, base_folder).values())
 
 
 def test_weights_that_are_cut_off(sealed, base_folder):
