@@ -135,7 +135,7 @@ def test_the_teachers_own_loss_is_zero(tiny_model, tiny_tokenizer, rows):
     teacher = tiny_model()
     batch = distillation.with_teacher(teacher, distillation.batches(tiny_tokenizer, rows, 3)[0], 8)
     assert batch["teacher_log_p"].shape == (len(distillation.judged_tokens(batch)), 9)
-    with torch.no_grad():
+    with torch.no_grad(), training.autocast(teacher):  # as in training: both sides in one number format
         assert distillation.teacher_loss(teacher, batch).item() == pytest.approx(0, abs=1e-4)
 
 
@@ -231,8 +231,9 @@ def test_messages_alone_are_all_there_and_end_where_the_answer_begins(tiny_token
 def test_a_whole_copy_is_at_no_distance_and_a_cut_one_is(tiny_model, tiny_tokenizer, asked):
     teacher = tiny_model().requires_grad_(False)
     batch = distillation.messages_alone(tiny_tokenizer, asked, 4)[0]
-    assert distillation.hidden_loss(teacher, [0, 1], distillation.cut(teacher, [0, 1]), batch).item() == 0
-    assert distillation.hidden_loss(teacher, [1], distillation.cut(teacher, [1]), batch).item() > 0
+    with training.autocast(teacher):  # as in training: both sides in one number format
+        assert distillation.hidden_loss(teacher, [0, 1], distillation.cut(teacher, [0, 1]), batch).item() == 0
+        assert distillation.hidden_loss(teacher, [1], distillation.cut(teacher, [1]), batch).item() > 0
 
 
 def test_the_distance_is_that_of_the_formula_and_padding_does_not_count(tiny_model, tiny_tokenizer, asked):
