@@ -138,9 +138,8 @@ def _run(name: str, log: Path) -> dict:
     print(f"[{list(SIDES).index(name) + 1}/{len(SIDES)}] {name.replace('_', ', ')} ...", flush=True)
     ours, environment = hardware.kernel_environment(), dict(os.environ)
     if name in ("train_defaults", "generate_plain"):
-        what_moves_speed = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
-        for variable in what_moves_speed:
-            ours.pop(variable, None)
+        for variable in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS"):  # what moves speed
+            ours.pop(variable)
             environment.pop(variable, None)
     code = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]
     environment |= ours | {"PYTHONPATH": os.pathsep.join(filter(None, code))}

@@ -26,12 +26,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# A thread of libgomp that waits for another spins for about a millisecond before it sleeps: it burns the core that the
-# other one waits for, as soon as anything else runs. Two lessons on two cores then took thirty times as long as one.
-# A thousand turns, a few microseconds, cost at most a twentieth where nothing else runs.
-_SPINS = "1000"
-
-
 def kernel_environment() -> dict[str, str]:
     """Variables that have to be set before a kernel starts. What the user has set already stays as it is."""
     wanted = {
@@ -46,8 +40,6 @@ def kernel_environment() -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm asks for ipywidgets, with a path of this machine
     }
-    if "OMP_WAIT_POLICY" not in os.environ:  # which this would overrule
-        wanted["GOMP_SPINCOUNT"] = _SPINS
     if not has_nvidia():  # with a GPU, profile t4 takes its model from the hub
         wanted["HF_HUB_OFFLINE"] = "1"
     return {key: os.environ.get(key, value) for key, value in wanted.items()}

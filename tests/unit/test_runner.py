@@ -442,3 +442,34 @@ def test_pages_of_shared_files_count_once():
     watch.family = [process(rss=3000, shared=1000), process(rss=2000, shared=900), process(rss=50)]
     watch._measure()
     assert watch.peak == (2000 + 1100 + 50 + 1000) * 2**20
+
+
+@pytest.mark.parametrize(
+    ("loads", "said", "spins"),
+    [
+        ([3.0, 12.0], {}, None),
+        ([3.0, 97.0], {}, "1000"),
+        ([97.0, 97.0], {"OMP_WAIT_POLICY": "active"}, None),
+        ([97.0, 97.0], {"GOMP_SPINCOUNT": "7"}, None),  # it stays in the environment that the kernel inherits
+    ],
+)
+def test_waiting_threads_sleep_early_where_the_cores_are_shared(monkeypatch, loads, said, spins):
+    import psutil
+
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: loads)
+    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert runner.kernel_environment().get("GOMP_SPINCOUNT") == spins
+
+
+def test_only_the_cores_of_this_process_are_looked_at(monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [90.0, 5.0])
+    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda pid: {1}, raising=False)
+    assert not runner.cores_are_shared()
+    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert runner.cores_are_shared()
