@@ -311,7 +311,7 @@ def _execute(path, target, parameters, limit, watch, log):
 
 
 def cores_are_shared():
-    """Whether another program has half of a core or more that this process may use, looked at for a fifth of a second."""
+    """Whether half of a core of this process, or more, is taken by others; looked at for a fifth of a second."""
     import psutil
 
     loads = psutil.cpu_percent(0.2, percpu=True)
