@@ -75,6 +75,7 @@ setup:
 install:
 	@if { $(READY); }; then exit 0; fi; \
 	set -e; \
+	rm -f $(STAMP); \
 	if ! $(PY) $(SUPPORTED) 2>/dev/null || ! $(PY) -m pip --version >/dev/null 2>&1; then \
 	  if [ -x $(PY) ] && [ ! -f "$(VENV)/pyvenv.cfg" ]; then \
 	    echo "error: $(VENV) holds a Python that the course does not support (3.11, 3.12 or 3.13 with pip is needed), and it is not a virtual environment that could be made anew. Pass another place: make VENV=..." >&2; exit 2; \

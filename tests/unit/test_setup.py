@@ -147,6 +147,21 @@ def test_make_leaves_a_foreign_environment_alone(checkout):
 
 
 @needs_make
+def test_a_set_up_that_broke_off_is_not_taken_for_done(checkout, monkeypatch):
+    """The stamp of an environment whose Python is gone may not vouch for the one that is made in its place."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (checkout / "requirements.txt").write_text("no-such-package==0\n", encoding="utf-8")
+    stamp = checkout / ".venv" / ".course-stamp"
+    stamp.parent.mkdir()
+    key = "{ cat requirements.txt pyproject.toml; pwd; } | cksum > .venv/.course-stamp"
+    subprocess.run(key, shell=True, cwd=checkout, check=True)
+    for _ in range(2):
+        done = make("setup", cwd=checkout)
+        assert done.returncode != 0 and "no-such-package" in done.stderr
+        assert not stamp.exists()
+
+
+@needs_make
 def test_make_clean_needs_no_set_up(checkout):
     done = make("clean", cwd=checkout)
     assert done.returncode == 0 and "Nothing to clean" in done.stdout
