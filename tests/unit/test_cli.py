@@ -348,6 +348,10 @@ def test_doctor(root, tmp_path, stand_in, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "0.50 of the reference machine" in said and "cpu 12.0  t4 3.0" in said
 
+    assert doctor(stand_in, tmp_path, speed=3.0) == 0  # products alone are quick there
+    said = capsys.readouterr().out
+    assert "3.00 of the reference machine" in said and "cpu 6.0  t4 3.0" in said
+
     assert doctor(stand_in, tmp_path, about=ABOUT | GPU, speed=None) == 0
     said = capsys.readouterr().out
     assert "Tesla T4, 15 GB, capability 7.5: bf16 only emulated" in said and "lesson, on a T4" in said
