@@ -507,7 +507,7 @@ def thumb_down(turned=False, z=0.0):
 @register("14.C35", alike=(0.0,))
 def chosen_rises(alike=(0.0, 0.95), steps=200, rate=0.5):
     """DPO on one pair of a policy with linear features: does the good reply become likelier? alike: cosine of the
-    features of the two replies; a third reply shares a part with neither."""
+    features of the two replies; a third reply lies on the good one's side of their difference."""
     change = {}
     for cosine in alike:
         features = np.array([[1, 0, 0.0], [cosine, math.sqrt(1 - cosine**2), 0], [0.9, -0.3, 0.3]])
