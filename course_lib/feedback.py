@@ -160,8 +160,65 @@ def trainer(model, tokenizer, rows: list[dict], s, seed: int, **changes):
     return found
 
 
+# --- references ------------------------------------------------------------------------------------------------------
+
+SWAPPED = (0.0, 0.2, 0.4)  # share of the pairs whose replies have changed places
+LEARNERS = {"DPO": ("reply_dpo", {}), "KTO": ("reply_kto", {}), "SFT on the liked": ("reply_dpo", {"loss": "sft"})}
+START = "the start"  # of all of them: the SFT model that wrote the replies
+
+
+def swapped(pairs: list[dict], share: float, seed: int = 0) -> list[dict]:
+    """The pairs, with the two replies of a share of them in each other's place: wrong labels, the same for whoever
+    learns from the pairs and whoever learns from the thumbs that they are cut into."""
+    wrong = set(random.Random(f"{seed} swapped").sample(range(len(pairs)), round(share * len(pairs))))
+    turn = {"chosen": "rejected", "rejected": "chosen"}
+    return [{part: pair[turn.get(part, part) if n in wrong else part] for part in pair} for n, pair in enumerate(pairs)]
+
+
 def make_reference(seeds) -> None:
-    """Measure what is missing of `reply_kto`: seeds, controls, and the sweeps of `course.toml`."""
+    """Measure what is missing of `reply_kto`: seeds, controls, and the sweeps of `course.toml`; and of all `LEARNERS`
+    on the same pairs, some of them swapped."""
     from course_lib import preferences
 
     preferences.make_reference(seeds, ("reply_kto",))
+    _learn_swapped(seeds)
+
+
+def _learn_swapped(seeds) -> None:
+    """Each learner on each share of swapped pairs, as `swapped_pairs_metrics.csv`; about a minute a piece. All start
+    from the first seed's SFT model and its pairs: a seed says which pairs are swapped, and in what order they come.
+    The column `passes` has a 1 for each ticket whose reply keeps the rubric, so that runs can be compared in pairs."""
+    from course_lib import evaluation, models, preferences, reference
+
+    pieces = [(START, 0.0, 0), *((name, share, seed) for seed in seeds for share in SWAPPED for name in LEARNERS)]
+    records, tokenizer = replies.load("test", preferences.TICKETS), models.load_tokenizer()
+    for number, (name, share, seed) in enumerate(pieces, 1):
+        key = preferences.key("reply_sft" if name == START else LEARNERS[name][0], "cpu", 0)
+        common = {"profile": "cpu", "seed": seed, "control": "", "learner": name, "share": share}
+        stored = reference.is_stored("swapped_pairs", "metrics", common | {"key": key})
+        what = f"{name}, {share:.0%} of the pairs swapped, seed {seed} ({number}/{len(pieces)})"
+        print(f"{what}: {'stored' if stored else 'training ...'}", flush=True)
+        if stored:
+            continue
+        model, steps = (preferences.load("reply_sft", "cpu"), 0) if name == START else _learnt(name, share, seed)
+        found = replies.answers(model, tokenizer, records)
+        passed = [replies.passes(r, text) for r, text in zip(records, found, strict=True)]
+        e = evaluation.proportion(passed)
+        row = common | {"metric": "rubric_pass", "value": f"{e.value:.4f}", "low": f"{e.low:.4f}"}
+        row |= {"high": f"{e.high:.4f}", "n": e.n, "steps": steps, "passes": "".join("01"[ok] for ok in passed)}
+        reference._replace("swapped_pairs", "metrics", common, [row | reference._about(key)])
+
+
+def _learnt(name: str, share: float, seed: int):
+    """(a learner's model after its pairs, some of them swapped; its steps)."""
+    from course_lib import models, preferences
+
+    recipe, changes = LEARNERS[name]
+    s = preferences.settings(recipe, "cpu")
+    s.__dict__.update(changes)
+    rows = swapped(preferences.pair_rows(s), share, seed)
+    model = preferences.continued(preferences.adapter(s.start, "cpu"), exact=True)
+    learn = trainer if s.loss == "kto" else preferences.trainer
+    made = learn(model, models.load_tokenizer(), unpaired(rows) if s.loss == "kto" else rows, s, seed)
+    made.train()
+    return preferences.for_use(model), made.state.global_step

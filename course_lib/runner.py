@@ -46,13 +46,14 @@ def run(lessons=(), profile="auto", seed=0, out=None, resume=False, timeout=None
                 continue
             (out / "metrics" / f"{name}.json").unlink(missing_ok=True)
             results.assemble(out, lesson=name, profile=profile)  # what an earlier run said of it no longer holds
+            code = outputs_fingerprint(read(lesson).cells, lesson)
             try:
                 entry = _run_lesson(lesson, profile, seed, out, timeout)
             except KeyboardInterrupt:
                 print(f"\nInterrupted in {name}. Its kernel is stopped; the lessons that had finished are in {out}.")
                 print("Go on with: " + _command(lessons, profile, seed, out, timeout))
                 return INTERRUPTED
-            results.assemble(out, name, entry | {"seed": seed, "inputs": inputs[name]}, profile)
+            results.assemble(out, name, entry | {"seed": seed, "inputs": inputs[name], "fingerprint": code}, profile)
         return _close(out, [lesson["id"] for lesson in chosen])
 
 

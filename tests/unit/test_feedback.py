@@ -239,3 +239,64 @@ def test_nine_to_one_leaves_the_held_out_tickets_alone(monkeypatch):
     monkeypatch.setattr(feedback, "nine_to_one", lambda samples, wanted, seed: seen.append((samples, wanted)) or rows())
     s = SimpleNamespace(complaints=5, held_out=1)
     assert len(feedback.rows(s)) == 8 and seen == [(["a", "b"], 5)]
+
+
+# --- the same wrong pairs for several learners -----------------------------------------------------------------------
+
+
+def pairs(n=10):
+    return [
+        {"prompt": r["prompt"], "chosen": reply(r, "good")["completion"], "rejected": reply(r, "bad")["completion"]}
+        for r in rows(n)
+    ]
+
+
+def test_swapped_pairs_change_places_and_nothing_else():
+    some = feedback.swapped(pairs(), 0.4, seed=1)
+    turned = [a["chosen"] == b["rejected"] and a["rejected"] == b["chosen"] for a, b in zip(some, pairs(), strict=True)]
+    assert sum(turned) == 4 and [p["prompt"] for p in some] == [p["prompt"] for p in pairs()]
+    assert [p for p, t in zip(some, turned, strict=True) if not t] == [
+        p for p, t in zip(pairs(), turned, strict=True) if not t
+    ]
+    assert feedback.swapped(pairs(), 0.0) == pairs()
+    assert feedback.swapped(pairs(), 0.4, seed=2) != some
+
+
+def test_all_learners_get_the_same_wrong_pairs_and_what_is_stored_is_not_trained_again(monkeypatch, tmp_path):
+    from course_lib import models, preferences, reference, replies
+
+    given = {"pairs": [], "thumbs": []}
+
+    def made_for(kind):
+        def make(model, tokenizer, found, s, seed):
+            given[kind].append(found)
+            return SimpleNamespace(train=lambda: None, state=SimpleNamespace(global_step=12))
+
+        return make
+
+    monkeypatch.setattr(reference, "FOLDER", tmp_path)
+    monkeypatch.setattr(models, "load_tokenizer", lambda: None)
+    monkeypatch.setattr(replies, "load", lambda *_: [{"id": n} for n in range(4)])
+    monkeypatch.setattr(replies, "answers", lambda model, tokenizer, records: ["fine", "no", "fine", "no"])
+    monkeypatch.setattr(replies, "passes", lambda record, text: text == "fine")
+    monkeypatch.setattr(preferences, "make_reference", lambda *_: None)
+    monkeypatch.setattr(preferences, "load", lambda *_: None)
+    monkeypatch.setattr(preferences, "key", lambda *_: "key")
+    monkeypatch.setattr(preferences, "adapter", lambda *_: "a folder")
+    monkeypatch.setattr(preferences, "continued", lambda folder, exact: None)
+    monkeypatch.setattr(preferences, "for_use", lambda model: model)
+    monkeypatch.setattr(preferences, "pair_rows", lambda s: pairs())
+    monkeypatch.setattr(preferences, "trainer", made_for("pairs"))
+    monkeypatch.setattr(feedback, "trainer", made_for("thumbs"))
+    feedback.make_reference((0,))
+    assert len(given["pairs"]) == 6 and len(given["thumbs"]) == 3  # DPO and SFT, KTO: three shares each
+    assert given["thumbs"] == [feedback.unpaired(found) for found in given["pairs"][::2]]
+    assert given["pairs"][::2] == given["pairs"][1::2] == [feedback.swapped(pairs(), x, 0) for x in (0.0, 0.2, 0.4)]
+    stored = reference.read("swapped_pairs", "metrics")
+    assert {(r["learner"], r["share"]) for r in stored} == {
+        (feedback.START, "0.0"),
+        *((name, str(share)) for name in feedback.LEARNERS for share in feedback.SWAPPED),
+    }
+    assert {(r["value"], r["passes"], r["n"]) for r in stored} == {("0.5000", "1010", "4")}
+    feedback.make_reference((0,))
+    assert len(given["pairs"]) == 6 and len(given["thumbs"]) == 3

@@ -384,14 +384,38 @@ def test_the_readmes_scoreboard_is_what_the_notebooks_last_output_says(checkout)
     lesson = FIRST | {"headline": {"exact": "records", "speed": "as quick", "gone": "never recorded"}}
     profiles.lessons()[:] = [lesson]
     assert index.score_table().splitlines()[3:-1] == [
-        "| 01 | records | 0.5 [0.25, 0.75] | 12 |",
-        "| 01 | as quick | True | |",
-        "| 01 | never recorded | not run yet | |",
+        "| 01 | records | 0.5 [0.25, 0.75] | 12 | |",
+        "| 01 | as quick | True | | |",
+        "| 01 | never recorded | not run yet | | |",
     ]
     (checkout / "README.md").write_text("\n".join([*index.README_MARKS, *index.SCORE_MARKS]))
     assert any("a table is old" in problem for problem in gates.index_check())
     gates.index_write()
     assert gates.index_check() == [] and "| 01 | records |" in (checkout / "README.md").read_text()
+
+
+def test_the_scoreboard_shows_another_processors_run_of_the_same_code(checkout):
+    stored = good()
+    stored.metadata.course["fingerprint"] = "the code's"
+    put(checkout, FIRST, stored)
+    profiles.lessons()[:] = [FIRST | {"headline": {"exact": "records"}}]
+    metrics = {"exact": {"value": 0.4321987, "low": 0.25, "high": 0.75, "n": 12}}
+    run = {"hardware": {"cpu": "Another"}, "lessons": {FIRST["id"]: {"fingerprint": "the code's", "metrics": metrics}}}
+    path = checkout / "data" / "reference" / "other_processor.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def last_cell():
+        path.write_text(json.dumps(run))
+        return index.score_table().splitlines()[-2].removesuffix("|").split("|")[-1].strip()
+
+    assert last_cell() == "0.4322 [0.25, 0.75]"
+    run["lessons"][FIRST["id"]]["fingerprint"] = "before a change"
+    assert last_cell() == ""
+    run["lessons"][FIRST["id"]]["fingerprint"] = "the code's"
+    preflight = next(c for c in stored.cells if "preflight" in c.metadata.get("tags", ()))
+    preflight.outputs = [new_output("stream", text="Another, 2 cores, 23.5 GB | cpu bfloat16\n")]
+    put(checkout, FIRST, stored)
+    assert last_cell() == ""  # its outputs come from there themselves
 
 
 def test_index_faults_are_told(checkout):

@@ -100,6 +100,8 @@ def test_a_passing_lesson(course, out, capsys, monkeypatch, tmp_path):
     entry = data["lessons"]["04_lora"]
     assert entry["status"] == "passed" and entry["seed"] == 3 and entry["seconds"] > 0 and entry["peak_rss_mb"] > 0
     assert entry["metrics"]["exact"]["in_band"] is True and entry["inputs"]
+    lesson = profiles.lesson("04")
+    assert entry["fingerprint"] == runner.outputs_fingerprint(fingerprints.read(lesson).cells, lesson)
 
     executed = nbformat.read(out / "notebooks" / "04_lora.ipynb", 4)
     # not the whole lesson once more
