@@ -61,9 +61,10 @@ model: setup
 
 # Two makes at once share one environment: the second waits and finds the work done. A directory can be
 # locked itself, so that no lock file is left behind. Where flock is missing (macOS) there is no lock.
+# Make runs a line with $(MAKE) in it even where it is only to print (`make -n`): that line makes no folder itself.
 setup:
-	@{ $(READY); } || { \
-	  mkdir -p "$(VENV)"; \
+	@{ $(READY); } || mkdir -p "$(VENV)"
+	@{ $(READY); } || [ ! -d "$(VENV)" ] || { \
 	  if command -v flock >/dev/null; then \
 	    flock --nonblock "$(VENV)" true || echo "Another make is setting up $(VENV): waiting for it."; \
 	    flock "$(VENV)" $(MAKE) --no-print-directory install; \

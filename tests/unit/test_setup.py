@@ -162,6 +162,14 @@ def test_a_set_up_that_broke_off_is_not_taken_for_done(checkout, monkeypatch):
 
 
 @needs_make
+def test_a_dry_run_makes_nothing(checkout):
+    before = sorted(checkout.iterdir())
+    done = make("-n", "course", cwd=checkout)
+    assert done.returncode == 0 and "course_lib run" in done.stdout, done.stderr
+    assert sorted(checkout.iterdir()) == before
+
+
+@needs_make
 def test_make_clean_needs_no_set_up(checkout):
     done = make("clean", cwd=checkout)
     assert done.returncode == 0 and "Nothing to clean" in done.stdout
