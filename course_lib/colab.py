@@ -43,9 +43,14 @@ def extras():
 
 
 def wants_unsloth():
-    """There is a GPU, and `COURSE_FOUR_BIT` does not ask for bitsandbytes alone."""
+    """There is a GPU, and `COURSE_FOUR_BIT` asks for unsloth.
+
+    It is not added unasked. unsloth puts its own methods into the model classes of transformers, for the whole
+    process; lesson 05 compares its model with a plain one of the same class, which then lacks what they look for
+    (`Qwen2Attention.forward` in unsloth/models/qwen2.py, `apply_qkv` in llama.py).
+    """
     gpu = os.path.exists("/proc/driver/nvidia/version") or os.environ.get("COLAB_GPU", "") not in ("", "0")
-    return gpu and os.environ.get("COURSE_FOUR_BIT") != "bitsandbytes"
+    return gpu and os.environ.get("COURSE_FOUR_BIT") == "unsloth"
 
 
 def pip(arguments):
@@ -68,6 +73,7 @@ def add_unsloth(kept):
         pip(["--constraint", str(kept), *extras()["unsloth-needs"]])
         pip(["--no-deps", *extras()["unsloth"]])
     except ImportError as error:
+        os.environ["COURSE_FOUR_BIT"] = "bitsandbytes"
         return f" unsloth could not be added, lesson 05 takes bitsandbytes instead ({str(error).splitlines()[0]})."
     return ""
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from course_lib import evaluation, general, models, recipes, tickets
+from course_lib import evaluation, general, models, preferences, recipes, tickets
 
 FIRST = 1000  # the recipe `ticket_lora` has seen the training tickets before this one
 EVAL_TICKETS, EVAL_PROSE = 60, 30
@@ -72,15 +72,6 @@ def with_mask(rows: list[dict], share: float, model, tokenizer) -> list[dict]:
     ]
 
 
-def continued(adapter):
-    """The base with a trained adapter whose training goes on."""
-    model = models.load(adapter=adapter)
-    model.set_adapter("default")  # loaded adapters are frozen
-    # Saved adapters name the base and not its place; PEFT looks there for its configuration when they are saved again.
-    model.peft_config["default"].base_model_name_or_path = str(models.base_path())
-    return model
-
-
 def train(sweep: str, value: float, n: int, profile: str, seed: int):
     """The model after a short training on `n` tickets in which the share of `sweep` is `value`."""
     tokenizer, s = models.load_tokenizer(), recipes.settings("ticket_lora", profile)
@@ -88,7 +79,7 @@ def train(sweep: str, value: float, n: int, profile: str, seed: int):
     s, rng = SimpleNamespace(**vars(s) | {"epochs": 1, "warmup": 0}), random.Random(f"{sweep} {seed}")
     records = tickets.load("train", FIRST + n)[FIRST:]
     if sweep == "label_noise":
-        model = continued(recipes.adapter("ticket_lora", profile))
+        model = preferences.continued(recipes.adapter("ticket_lora", profile))
         rows = recipes.examples(with_noise(records, value, rng))
     else:
         rows, base = recipes.examples(records), models.load()

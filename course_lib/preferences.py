@@ -104,11 +104,12 @@ def keep_samples(found: list[dict], s: SimpleNamespace, seed: int = 0, path: Pat
 
 def continued(folder: Path, exact: bool = False):
     """The base with a trained adapter whose training goes on; `exact` keeps the adapter in float32: the steps of a
-    preference loss are small beside its numbers, and half of them would be lost in bfloat16."""
+    preference loss are small beside its numbers, and half of them would be lost in bfloat16. On a GPU it always is,
+    as in `recipes.add_lora`: a trainer in float16 refuses gradients in float16."""
     model = models.load(adapter=folder)
     model.set_adapter("default")  # loaded adapters are frozen
     for name, parameter in model.named_parameters():
-        if exact and "lora_" in name:
+        if (exact or hardware.device() != "cpu") and "lora_" in name:
             parameter.data = parameter.data.float()
     # Saved adapters name the base and not its place; PEFT looks there for its configuration when they are saved again.
     model.peft_config["default"].base_model_name_or_path = str(models.base_path())

@@ -154,21 +154,23 @@ def test_no_token_is_asked_for(kernel):
     assert kernel(FIRST, show, HF_TOKEN="mine").stdout.endswith("\nFalse\n")
 
 
-def test_a_gpu_gets_unsloth_without_its_dependencies(kernel):
-    done = kernel(FIRST, COLAB_GPU="1")
+def test_who_asks_for_unsloth_on_a_gpu_gets_it_without_its_dependencies(kernel):
+    done = kernel(FIRST, COLAB_GPU="1", COURSE_FOUR_BIT="unsloth")
     needs, unsloth = done.calls[1:]
     assert needs["constraints"] == done.calls[0]["constraints"]
     assert needs["arguments"][-len(colab.extras()["unsloth-needs"]) :] == colab.extras()["unsloth-needs"]
     assert unsloth["arguments"][-3:] == ["--no-deps", *colab.extras()["unsloth"]]
 
 
-def test_who_asks_for_bitsandbytes_gets_no_unsloth(kernel):
-    assert len(kernel(FIRST, COLAB_GPU="1", COURSE_FOUR_BIT="bitsandbytes").calls) == 1
+@pytest.mark.parametrize("asked", [{"COLAB_GPU": "1"}, {"COLAB_GPU": "0", "COURSE_FOUR_BIT": "unsloth"}])
+def test_unsloth_is_added_neither_unasked_nor_without_a_gpu(kernel, asked):
+    assert len(kernel(FIRST, **asked).calls) == 1
 
 
 def test_a_course_without_unsloth_is_a_course(kernel):
-    done = kernel(FIRST, COLAB_GPU="1", PIP_FAILS_AT=colab.extras()["unsloth"][0])
-    assert done.returncode == 0, done.stderr
+    use = "run_first_cell()\nimport os\nprint(os.environ['COURSE_FOUR_BIT'])"
+    done = kernel(FIRST, use, COLAB_GPU="1", COURSE_FOUR_BIT="unsloth", PIP_FAILS_AT=colab.extras()["unsloth"][0])
+    assert done.returncode == 0 and done.stdout.endswith("\nbitsandbytes\n"), done.stderr
     assert "lesson 05 takes bitsandbytes instead (pip could not install" in done.stdout
 
 

@@ -263,6 +263,17 @@ def test_a_preference_loss_trains_in_float32(monkeypatch, adapted):
     assert trained == {torch.float32} and model.peft_config["default"].base_model_name_or_path == "base"
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float16), ("cuda", torch.float32)])
+def test_on_a_gpu_an_adapter_goes_on_in_float32(monkeypatch, adapted, device, dtype):
+    """A loss scaler refuses gradients in float16, a T4's dtype; on a CPU mixed dtypes only cost time."""
+    adapted = adapted.to(torch.float16)
+    monkeypatch.setattr(models, "load", lambda adapter: adapted)
+    monkeypatch.setattr(models, "base_path", lambda: "base")
+    monkeypatch.setattr(preferences.hardware, "device", lambda: device)
+    model = preferences.continued("folder")
+    assert {p.dtype for name, p in model.named_parameters() if p.requires_grad} == {dtype}
+
+
 # --- what is stored --------------------------------------------------------------------------------------------------
 
 
